@@ -1,0 +1,1 @@
+"""What makes the model adaptive: density, tiling, routing, pacing."""

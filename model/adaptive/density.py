@@ -1,0 +1,208 @@
+"""Information density: how many bits a byte would lose if the trunk were stale there.
+
+Source: section 4.2 of the source document. Its four ideas (state gradient, attention entropy, temporal distance,
+prediction) are read from the encoder's last block, causally, one value per position.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.ops.ssd import ScanTrace, into_chunks, segment_decay, ssd_scan
+from model.state import DensityState
+
+FEATURES = ("state_gradient", "attention_entropy", "temporal_distance", "predictive_entropy")
+
+_TINY = 1e-12
+
+
+class InformationDensityAnalyzer(nn.Module):
+    """Density in bits per byte: a non-negative combination of four standardised features.
+
+    Training fits it to the measured cost of a stale trunk; the features themselves carry no gradient.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.window = config.density_window
+        self.chunk_size = config.chunk_size
+        self.heads = config.heads(config.d_model)
+        self.d_state = config.d_state
+        self.raw_weight = nn.Parameter(torch.full((len(FEATURES),), -1.0))
+        self.bias = nn.Parameter(torch.tensor(-3.0))
+        self.register_buffer("mean", torch.zeros(len(FEATURES)))
+        self.register_buffer("std", torch.ones(len(FEATURES)))
+
+    def zero_state(self, batch: int, device: torch.device) -> DensityState:
+        """The state of ``batch`` sequences of which nothing was analysed."""
+        return DensityState(
+            keys=torch.zeros(batch, self.window, self.d_state, device=device),
+            weights=torch.zeros(batch, self.window, self.heads, device=device),
+            log_decay=torch.zeros(batch, self.window, self.heads, device=device),
+            mass=torch.zeros(batch, self.heads, device=device),
+            seen=torch.zeros(batch, dtype=torch.int64, device=device),
+        )
+
+    def combine(self, features: Tensor) -> Tensor:
+        """Density [...] in bits, above 0, from raw features [..., 4]. Differentiable in the weights."""
+        standard = (features - self.mean) / self.std
+        return F.softplus((standard * F.softplus(self.raw_weight)).sum(-1) + self.bias) + 1e-6
+
+    @torch.no_grad()
+    def update_statistics(self, features: Tensor, momentum: float) -> None:
+        """Move the running mean and deviation towards those of ``features`` [..., 4] by ``momentum``."""
+        flat = features.reshape(-1, len(FEATURES))
+        self.mean.lerp_(flat.mean(0), momentum)
+        self.std.lerp_(flat.std(0).clamp_min(1e-3), momentum)
+
+    @torch.no_grad()
+    def forward(self, exit_logits: Tensor, trace: ScanTrace, state: DensityState) -> tuple[Tensor, DensityState]:
+        """Features of L positions.
+
+        Args:
+            exit_logits: [B, L, V] of the early-exit head. trace: of the encoder's last block.
+            state: before them, not changed.
+
+        Returns:
+            features [B, L, 4] in the order of ``FEATURES``, and the state after.
+        """
+        entropy, distance, after = self._attention(trace, state)
+        features = torch.stack([state_gradient(trace, self.chunk_size), entropy, distance,
+                                predictive_entropy(exit_logits)], dim=-1)  # fmt: skip
+        return features, after
+
+    @torch.no_grad()
+    def step(self, exit_logits: Tensor, trace: ScanTrace, state: DensityState) -> tuple[Tensor, DensityState]:
+        """Features [B, 4] of one position; ``exit_logits`` [B, V], otherwise as :meth:`forward`."""
+        change = (trace.after - trace.before[:, 0]).flatten(1)
+        keys, weights, log_decay, norms, mass, after = self._step_window(trace, state)
+        decay_sum = log_decay.flip(1).cumsum(1).flip(1) - log_decay  # from key j to now: positions after j
+        decayed = weights * decay_sum.exp()  # [B, W, H]
+        query = trace.C[:, 0]
+        # Not a matrix product: a sum over the last axis gives a row the same bits whatever rows stand beside it.
+        scores = (query.unsqueeze(1) * keys).sum(-1).abs().unsqueeze(-1) * decayed
+        past = (mass - (decayed * norms).sum(1)).clamp_min(0.0) * query.norm(dim=-1, keepdim=True)
+        entropy, distance = self._summarise(scores, past, after.seen)
+        features = [change.norm(dim=-1).log1p(), entropy, distance, predictive_entropy(exit_logits)]
+        return torch.stack(features, dim=-1), after
+
+    def _step_window(
+        self, trace: ScanTrace, state: DensityState
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, DensityState]:
+        key, dt = trace.B[:, 0], trace.dt[:, 0]
+        keys = torch.cat([state.keys[:, 1:], key.unsqueeze(1)], dim=1)
+        weights = torch.cat([state.weights[:, 1:], dt.unsqueeze(1)], dim=1)
+        log_decay = torch.cat([state.log_decay[:, 1:], (dt * trace.A).unsqueeze(1)], dim=1)
+        norms = keys.norm(dim=-1, keepdim=True)
+        mass = state.mass * (dt * trace.A).exp() + dt * norms[:, -1]
+        after = DensityState(keys, weights, log_decay, mass, state.seen + 1)
+        return keys, weights, log_decay, norms, mass, after
+
+    def _attention(self, trace: ScanTrace, state: DensityState) -> tuple[Tensor, Tensor, DensityState]:
+        """Entropy and look-back distance [B, L] of the hidden attention over the window plus one lump."""
+        length = trace.C.shape[1]
+        keys = torch.cat([state.keys, trace.B], dim=1)  # [B, W + L, N]
+        weights = torch.cat([state.weights, trace.dt], dim=1)
+        log_decay = torch.cat([state.log_decay, trace.dt * trace.A], dim=1)
+        norms = keys.norm(dim=-1, keepdim=True)  # [B, W + L, 1]
+        ones = torch.ones_like(norms[:, self.window :])
+        total_mass = ssd_scan(
+            norms[:, self.window :, None].expand(-1, -1, self.heads, -1), trace.dt, trace.A, ones, ones,
+            initial_state=state.mass[..., None, None], chunk_size=self.chunk_size,
+        )  # fmt: skip
+        query = into_chunks(trace.C, self.chunk_size)  # [B, c, Q, N]
+        scores = _band(query @ self._overlap(keys), self.window).abs().unsqueeze(-1)  # [B, L', W, 1]
+        sums = torch.cumsum(self._overlap(log_decay), dim=-1)  # [B, c, H, Q + W]
+        here = sums[..., self.window :].unsqueeze(-1)
+        exponent = _band((here - sums.unsqueeze(-2)).flatten(1, 2), self.window)
+        exponent = exponent.unflatten(1, (sums.shape[1], self.heads, self.chunk_size))
+        reach = _band_vector(self._overlap(weights), self.window) * exponent.clamp_max(0.0).exp()
+        decayed = reach.permute(0, 1, 3, 4, 2).flatten(1, 2)[:, :length]  # [B, L, W, H]
+        lengths = _band_vector(self._overlap(norms), self.window)[:, :, 0].flatten(1, 2)[:, :length]
+        mass = total_mass.y[..., 0]  # [B, L, H]
+        past = (mass - (decayed * lengths.unsqueeze(-1)).sum(2)).clamp_min(0.0)
+        past = past * trace.C.norm(dim=-1, keepdim=True)
+        seen = state.seen.unsqueeze(1) + torch.arange(1, length + 1, device=keys.device)
+        entropy, distance = self._summarise(scores[:, :length] * decayed, past, seen)
+        last = slice(keys.shape[1] - self.window, None)
+        after = DensityState(
+            keys[:, last], weights[:, last], log_decay[:, last], total_mass.final_state[..., 0, 0], seen[:, -1]
+        )
+        return entropy, distance, after
+
+    def _overlap(self, value: Tensor) -> Tensor:
+        """[B, W + L, X] -> [B, c, X, W + Q]: each chunk with the W positions before it."""
+        missing = -(value.shape[1] - self.window) % self.chunk_size
+        return F.pad(value, (0, 0, 0, missing)).unfold(1, self.window + self.chunk_size, self.chunk_size)
+
+    def _summarise(self, scores: Tensor, past: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean over heads of entropy (share of its maximum) and of the look-back distance (share of the window).
+
+        Args:
+            scores: [..., W, H] oldest first. past: [..., H]. seen: [...] positions analysed, this one included.
+        """
+        total = scores.sum(-2) + past + _TINY
+        share = scores / total.unsqueeze(-2)
+        lump = past / total
+        plogp = torch.special.entr(share).sum(-2) + torch.special.entr(lump)
+        row = seen.clamp(max=self.window).float() + 1.0
+        entropy = plogp.mean(-1) / row.log()
+        ages = torch.arange(self.window - 1, -1, -1, device=scores.device, dtype=scores.dtype)
+        distance = (share * ages.unsqueeze(-1)).sum(-2) + lump * self.window
+        return entropy, distance.mean(-1) / self.window
+
+
+def _band(matrix: Tensor, window: int) -> Tensor:
+    """The band of [B, G, Q, W + Q] that row i shares with columns i + 1 .. i + W: [B, G * Q, W]."""
+    matrix = matrix.contiguous()
+    rows, columns = matrix.shape[-2:]
+    strides = (*matrix.stride()[:-2], columns + 1, 1)
+    view = matrix.as_strided((*matrix.shape[:-2], rows, window), strides, matrix.storage_offset() + 1)
+    return view.flatten(1, 2)
+
+
+def _band_vector(value: Tensor, window: int) -> Tensor:
+    """The windows of [B, c, X, W + Q] that end at each of the last Q columns: [B, c, X, Q, W]."""
+    return value[..., 1:].unfold(-1, window, 1)
+
+
+@torch.no_grad()
+def state_gradient(trace: ScanTrace, chunk_size: int) -> Tensor:
+    """log(1 + ||h_t - h_{t-1}||) over all heads [B, L], without materialising the states.
+
+    With a = exp(dt A): ``||dh||^2 = (a-1)^2 ||h||^2 + 2 (a-1) dt x^T h B + dt^2 ||x||^2 ||B||^2``, h = h_{t-1}. The
+    cross term is a read of the state with query B, ``||h||^2`` a scalar recurrence.
+    """
+    length = trace.x.shape[1]
+    x = into_chunks(trace.x, chunk_size).transpose(2, 3)  # [B, c, H, Q, P]
+    B = into_chunks(trace.B, chunk_size)  # [B, c, Q, N]
+    dt = into_chunks(trace.dt, chunk_size).transpose(2, 3)  # [B, c, H, Q]
+    log_decay = dt * trace.A[:, None]
+    grams = (B @ B.transpose(-1, -2)).unsqueeze(2) * (x @ x.transpose(-1, -2))  # [B, c, H, Q, Q]
+    cross = (grams * segment_decay(log_decay, strict=True)) @ dt.unsqueeze(-1)
+    start = log_decay.cumsum(-1) - log_decay  # from the chunk's start to before each position
+    read = (trace.before @ B.transpose(-1, -2).unsqueeze(2)).transpose(-1, -2)  # [B, c, H, Q, P]
+    cross_term = cross.squeeze(-1) + (read * x).sum(-1) * start.exp()  # x^T h_{t-1} B
+    added = dt.square() * torch.diagonal(grams, dim1=-2, dim2=-1)
+    gain = log_decay.exp()
+    change = 2.0 * gain * dt * cross_term + added  # ||h_t||^2 = gain^2 ||h_{t-1}||^2 + change
+    norm = (segment_decay(2.0 * log_decay, strict=True) @ change.unsqueeze(-1)).squeeze(-1)
+    norm = norm + trace.before.square().sum((-1, -2)).unsqueeze(-1) * (2.0 * start).exp()
+    shrink = torch.expm1(log_decay)  # a - 1
+    square = shrink.square() * norm + 2.0 * shrink * dt * cross_term + added
+    return square.clamp_min(0.0).sum(2).flatten(1)[:, :length].sqrt().log1p()
+
+
+@torch.no_grad()
+def predictive_entropy(logits: Tensor) -> Tensor:
+    """Entropy in bits [...] of the distribution that ``logits`` [..., V] describe."""
+    log_p = logits.float().log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1) / math.log(2.0)

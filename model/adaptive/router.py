@@ -1,0 +1,64 @@
+"""Between byte rate and tile rate, and between two state sizes.
+
+Source: section 4.4.1 of the source document.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+
+
+class CrossScaleRouter(nn.Module):
+    """Selects the trunk's inputs, projects between the widths, and holds the trunk's last update between fires."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.d_state = config.d_state
+        self.levels = config.d_state_levels
+        if config.projected:
+            self.down: nn.Linear | None = nn.Linear(config.d_model, config.d_trunk, bias=False)
+            self.up: nn.Linear | None = nn.Linear(config.d_trunk, config.d_model, bias=False)
+            nn.init.orthogonal_(self.down.weight)
+            nn.init.normal_(self.up.weight, std=config.d_trunk**-0.5)
+        else:
+            self.down = self.up = None
+        self.raw_fading = nn.Parameter(torch.full((config.d_model,), -2.0))
+        self.fold = nn.ParameterDict(
+            {str(n): nn.Parameter(torch.zeros(n, self.d_state - n)) for n in self.levels[:-1]}
+        )
+
+    def to_trunk(self, selected: Tensor) -> Tensor:
+        """Outer width to trunk width, [..., d_model] -> [..., d_trunk]."""
+        return selected if self.down is None else self.down(selected)
+
+    def from_trunk(self, update: Tensor) -> Tensor:
+        """Trunk width to outer width, [..., d_trunk] -> [..., d_model]."""
+        return update if self.up is None else self.up(update)
+
+    def fade(self, held: Tensor, age: Tensor) -> Tensor:
+        """``rho(age) * held``: rho = (1 + age)^-k, k > 0 learned per channel, so rho(0) = 1 exactly.
+
+        Args:
+            held: [..., d_model]. age: [...] bytes since the fire that made it.
+        """
+        power = -F.softplus(self.raw_fading) * torch.log1p(age.to(held.dtype)).unsqueeze(-1)
+        return held * power.exp()
+
+    def route_states(self, ssm_state: Tensor, d_state: int) -> Tensor:
+        """A live state [B, H, P, N] at another size: down with what is cut off folded in, up with zeros.
+
+        Raises:
+            ValueError: ``d_state`` is not a level, or a state between levels is to shrink.
+        """
+        current = ssm_state.shape[-1]
+        if d_state not in self.levels:
+            raise ValueError(f"d_state = {d_state} must be one of {self.levels}")
+        if d_state >= current:
+            return F.pad(ssm_state, (0, d_state - current))
+        kept, cut = ssm_state[..., :d_state], ssm_state[..., d_state:]
+        weight = self.fold[str(d_state)][:, : current - d_state]
+        return kept + cut @ weight.t()

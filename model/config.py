@@ -1,0 +1,83 @@
+"""The model's shape, as frozen, strict, JSON-serialisable data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from model.tokenizer import VOCAB_SIZE
+
+Positive = Annotated[int, Field(ge=1, le=1 << 20)]
+
+
+class StrictModel(BaseModel):
+    """Base of every configuration: unknown keys, wrong types and later changes are errors."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class ModelConfig(StrictModel):
+    """Shape of an :class:`~model.lm.AdaptiveAttentionSystem`.
+
+    The encoder and decoder run at every byte with width ``d_model``; the trunk runs once per tile with width
+    ``d_trunk``. Names follow Mamba-2 (Dao and Gu 2024) where it has a name.
+    """
+
+    name: str = Field(default="rheostat-small", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    vocab_size: int = Field(default=VOCAB_SIZE, ge=VOCAB_SIZE, le=VOCAB_SIZE)
+    d_model: Positive = 192
+    d_trunk: Positive = 256
+    encoder_layers: Positive = 1
+    trunk_layers: Positive = 4
+    decoder_layers: Positive = 1
+    expand: Positive = 2
+    headdim: Positive = 64
+    d_state: Positive = 64
+    d_state_levels: tuple[Positive, ...] = (16, 32, 64)
+    """State sizes the trunk can run at; the last one is ``d_state``."""
+    d_conv: int = Field(default=4, ge=2, le=16)
+    chunk_size: Positive = 64
+    """Positions per chunk of the scan."""
+    min_tile_size: Positive = 1
+    max_tile_size: Positive = 64
+    block_size: Positive = 512
+    """Bytes planned (and prefilled) together, counted from the start of the sequence."""
+    density_window: Positive = 32
+    """Keys that the attention features look back at one by one; older ones are lumped together."""
+    norm_eps: float = Field(default=1e-5, gt=0.0, lt=1e-2)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for field in ("d_model", "d_trunk"):
+            inner = self.expand * getattr(self, field)
+            if inner % self.headdim:
+                raise ValueError(f"expand * {field} = {inner} must be a multiple of headdim = {self.headdim}")
+        levels = self.d_state_levels
+        if not levels or list(levels) != sorted(set(levels)) or levels[-1] != self.d_state:
+            raise ValueError(
+                f"d_state_levels = {levels} must rise strictly and end at d_state = {self.d_state}"
+            )
+        if not self.min_tile_size <= self.max_tile_size <= self.block_size:
+            raise ValueError(
+                f"tile sizes must satisfy min_tile_size = {self.min_tile_size} <= max_tile_size = "
+                f"{self.max_tile_size} <= block_size = {self.block_size}"
+            )
+        if self.block_size % self.chunk_size:
+            raise ValueError(
+                f"block_size = {self.block_size} must be a multiple of chunk_size = {self.chunk_size}"
+            )
+        return self
+
+    @property
+    def projected(self) -> bool:
+        """Whether projections stand between the outer width and the trunk's."""
+        return self.d_model != self.d_trunk
+
+    def inner(self, width: int) -> int:
+        """Inner width of a Mamba-2 block of model width ``width``."""
+        return self.expand * width
+
+    def heads(self, width: int) -> int:
+        """Number of heads of a Mamba-2 block of model width ``width``."""
+        return self.inner(width) // self.headdim

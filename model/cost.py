@@ -1,0 +1,130 @@
+"""Floating-point operations of the model, counted exactly and in advance.
+
+A multiply-add is two operations. Matrix products are counted as ``torch.utils.flop_counter`` counts them (a test holds
+the two together). The recurrence and the convolution are counted per position as the recurrence needs them, whatever
+algorithm runs, so that the bill of a byte does not depend on how a prompt was cut into calls. Element-wise work is
+not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Self
+
+from model.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """Operations by stage."""
+
+    encoder: int = 0
+    density: int = 0
+    trunk: int = 0
+    decoder: int = 0
+    head: int = 0
+
+    @property
+    def total(self) -> int:
+        """Operations of all stages."""
+        return sum(self.as_dict().values())
+
+    def as_dict(self) -> dict[str, int]:
+        """Operations by the name of the stage."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __add__(self, other: Self) -> Flops:
+        return Flops(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Trunk fires per byte that keep a budget while reading a prompt and while generating."""
+
+    prefill: float
+    decode: float
+
+
+class CostModel:
+    """What the parts of one model cost, and which fire rate a budget buys."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        def block(width: int) -> int:
+            inner, heads, state = config.inner(width), config.heads(width), config.d_state
+            mixed = inner + 2 * state
+            linear = 2 * width * (inner + mixed + heads) + 2 * inner * width
+            return linear + 2 * config.d_conv * mixed + 5 * inner * state
+
+        head = 2 * config.vocab_size * config.d_model
+        inner = config.inner(config.d_model)
+        window = 2 * config.density_window * config.d_state
+        projections = 4 * config.d_model * config.d_trunk if config.projected else 0
+        self._unit = Flops(
+            encoder=config.encoder_layers * block(config.d_model),
+            density=head + 4 * inner * config.d_state + window,
+            trunk=config.trunk_layers * block(config.d_trunk) + projections,
+            decoder=config.decoder_layers * block(config.d_model),
+            head=head,
+        )
+        self._lowest_rate = 1.0 / config.max_tile_size
+
+    @property
+    def unit(self) -> Flops:
+        """Operations of each stage when it runs once."""
+        return self._unit
+
+    def flops(self, positions: int, tiles: int, logits: int, analysed: int) -> Flops:
+        """Operations spent.
+
+        Args:
+            positions: tokens read. tiles: of them, how many the trunk ran at. logits: positions at which the head ran.
+            analysed: positions at which the density was computed (rates other than 0 and 1).
+        """
+        unit = self._unit
+        return Flops(
+            encoder=positions * unit.encoder,
+            density=analysed * unit.density,
+            trunk=tiles * unit.trunk,
+            decoder=positions * unit.decoder,
+            head=logits * unit.head,
+        )
+
+    def full_flops(self, positions: int, logits: int) -> int:
+        """Operations of the same work at full resolution."""
+        return self.flops(positions, positions, logits, 0).total
+
+    @staticmethod
+    def analysed(rate: float) -> bool:
+        """Whether a sequence at this fire rate needs its density computed."""
+        return 0.0 < rate < 1.0
+
+    @property
+    def floor(self) -> float:
+        """Ratio to full resolution of generating without the trunk: the lowest there is."""
+        return self.flops(1, 0, 1, 0).total / self.full_flops(1, 1)
+
+    @property
+    def least_adaptive(self) -> float:
+        """The lowest budget that pays for the density and one tile in ``max_tile_size`` bytes."""
+        return self.budget(self._lowest_rate, logits=1)
+
+    def budget(self, rate: float, *, logits: int) -> float:
+        """Ratio to full resolution of reading at ``rate`` with ``logits`` (0 or 1) predictions per byte."""
+        unit = self._unit
+        outer = unit.encoder + unit.decoder + logits * unit.head
+        density = unit.density if self.analysed(rate) else 0
+        return (outer + density + rate * unit.trunk) / (outer + unit.trunk)
+
+    def rate(self, budget: float, *, logits: int) -> float:
+        """Fires per byte that ``budget`` (share of full resolution) pays for; 0 under the least adaptive budget."""
+        if budget >= 1.0:
+            return 1.0
+        if budget < self.least_adaptive:
+            return 0.0
+        unit = self._unit
+        outer = unit.encoder + unit.decoder + logits * unit.head
+        return (budget * (outer + unit.trunk) - outer - unit.density) / unit.trunk
+
+    def rates(self, budget: float) -> Rates:
+        """Fire rates for a request with this budget; both 0 if it is under :attr:`least_adaptive`."""
+        return Rates(self.rate(budget, logits=0), self.rate(budget, logits=1))

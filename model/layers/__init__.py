@@ -1,0 +1,1 @@
+"""Layers: the Mamba-2 block and its parts."""

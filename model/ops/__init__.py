@@ -1,0 +1,1 @@
+"""Numerical kernels: the state-space scan and the tiling dynamic programme."""

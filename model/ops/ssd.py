@@ -1,0 +1,146 @@
+"""The selective state-space recurrence of Mamba-2 (state space duality), chunk-parallel and one step at a time.
+
+Symbols, here and everywhere in ``model``: B sequences, L positions, H heads, P head dim, N state size, Q chunk
+length, c number of chunks. For every head, with ``a_t = exp(dt_t * A)``::
+
+    h_t = a_t * h_{t-1} + dt_t * x_t B_tᵀ        h: [P, N]
+    y_t = h_t C_t
+
+Source: Dao and Gu 2024, "Transformers are SSMs", section 6 (block decomposition of the semiseparable matrix). One
+group of B and C serves all heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ScanResult:
+    """What one chunked scan leaves behind."""
+
+    y: Tensor
+    """[B, L, H, P] outputs, without the skip term ``D * x``."""
+    final_state: Tensor
+    """[B, H, P, N] state after the last position."""
+    chunk_states: Tensor
+    """[B, c, H, P, N] state before each chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScanTrace:
+    """The inner quantities of one call of a block, which the density analyzer reads. All without gradient."""
+
+    x: Tensor
+    """[B, L, H, P]."""
+    dt: Tensor
+    """[B, L, H]."""
+    A: Tensor
+    """[H]."""
+    B: Tensor
+    """[B, L, N]."""
+    C: Tensor
+    """[B, L, N]."""
+    before: Tensor
+    """[B, c, H, P, N] state before each chunk (c = 1 for a step)."""
+    after: Tensor
+    """[B, H, P, N] state after the last position."""
+
+
+def segment_decay(log_decay: Tensor, *, strict: bool = False) -> Tensor:
+    """Decay from position j to position i inside a chunk.
+
+    Args:
+        log_decay: [..., Q] logarithm of the decay of each position, at most 0.
+        strict: read the state *before* position i is added: ``exp(sum of j+1 .. i-1)``, zero for j >= i.
+
+    Returns:
+        [..., Q, Q]: ``exp(sum of log_decay over j+1 .. i)`` for j <= i, else 0. Masked before ``exp``, so that no
+        position above the diagonal can overflow (and poison the gradient with ``0 * inf``).
+    """
+    total = torch.cumsum(log_decay, dim=-1)
+    size = log_decay.shape[-1]
+    rows = total - log_decay if strict else total
+    mask = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).triu(0 if strict else 1)
+    return (rows.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(mask, float("-inf")).exp()
+
+
+def into_chunks(value: Tensor, chunk_size: int) -> Tensor:
+    """[B, L, ...] -> [B, c, Q, ...], padded with zeros (``dt = 0`` leaves the state as it is)."""
+    missing = -value.shape[1] % chunk_size
+    if missing:
+        value = F.pad(value, (0, 0) * (value.dim() - 2) + (0, missing))
+    return value.unflatten(1, (-1, chunk_size))
+
+
+def ssd_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, initial_state: Tensor, chunk_size: int
+) -> ScanResult:
+    """Run the recurrence over L positions, chunk by chunk, in parallel inside a chunk.
+
+    Chunks are counted from the first position given: for results that do not depend on how a sequence is cut into
+    calls, cut it at multiples of ``chunk_size``.
+
+    Args:
+        x: [B, L, H, P]. dt: [B, L, H], positive. A: [H], negative. B, C: [B, L, N].
+        initial_state: [B, H, P, N], not changed.
+    """
+    batch, length, heads, headdim = x.shape
+    log_decay = into_chunks(dt * A, chunk_size)  # [B, c, Q, H]
+    xdt = into_chunks((x * dt.unsqueeze(-1)).flatten(2), chunk_size)  # [B, c, Q, HP]
+    Bc, Cc = into_chunks(B, chunk_size), into_chunks(C, chunk_size)  # [B, c, Q, N]
+    total = torch.cumsum(log_decay, dim=2)  # [B, c, Q, H]
+
+    decay = segment_decay(log_decay.transpose(2, 3))  # [B, c, H, Q, Q]
+    scores = (Cc @ Bc.transpose(-1, -2)).unsqueeze(2) * decay
+    inside = scores @ xdt.unflatten(-1, (heads, headdim)).transpose(2, 3)  # [B, c, H, Q, P]
+
+    to_end = (total[:, :, -1:] - total).exp()  # [B, c, Q, H]
+    weighted = (xdt.unflatten(-1, (heads, headdim)) * to_end.unsqueeze(-1)).flatten(3)
+    added = (weighted.transpose(-1, -2) @ Bc).unflatten(2, (heads, headdim))  # [B, c, H, P, N]
+    carry = total[:, :, -1].exp()[..., None, None]  # [B, c, H, 1, 1]
+    states = [initial_state]
+    # unbind, not indexing: the gradient of an indexed chunk is a whole zero tensor, quadratic in the chunks.
+    for kept, new in zip(carry.unbind(1), added.unbind(1), strict=True):
+        states.append(torch.addcmul(new, kept, states[-1]))
+    before = torch.stack(states[:-1], dim=1)  # [B, c, H, P, N]
+
+    past = (Cc @ before.flatten(2, 3).transpose(-1, -2)).unflatten(-1, (heads, headdim))  # [B, c, Q, H, P]
+    y = torch.addcmul(inside.transpose(2, 3), past, total.exp().unsqueeze(-1))
+    y = y.reshape(batch, -1, heads, headdim)[:, :length]
+    return ScanResult(y, states[-1], before)
+
+
+def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One position of the recurrence.
+
+    Args:
+        x: [B, H, P]. dt: [B, H]. A: [H]. B, C: [B, N]. state: [B, H, P, N], not changed.
+
+    Returns:
+        y [B, H, P] and the new state [B, H, P, N].
+    """
+    decay = (dt * A).exp()[..., None, None]
+    xdt = x * dt.unsqueeze(-1)
+    state = state * decay + xdt.unsqueeze(-1) * B[:, None, None, :]
+    return (state * C[:, None, None, :]).sum(-1), state
+
+
+def ssd_reference(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, initial_state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The plain twin of :func:`ssd_scan`: one position after the other. Shapes as there.
+
+    Returns:
+        y [B, L, H, P] and the final state [B, H, P, N].
+    """
+    outputs = []
+    state = initial_state
+    for t in range(x.shape[1]):
+        y, state = ssd_step(x[:, t], dt[:, t], A, B[:, t], C[:, t], state)
+        outputs.append(y)
+    return torch.stack(outputs, dim=1), state

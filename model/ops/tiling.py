@@ -1,0 +1,154 @@
+"""Compiled loops over bytes: the tiling dynamic programme and the online firing rule.
+
+Both walk a sequence byte by byte with a tiny amount of work at each, which is what numba is for. They take numpy
+arrays and know nothing of torch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Bytes = NDArray[np.uint8]
+
+
+def staleness_table(tau: float, size: int) -> Floats:
+    """``1 - exp(-age / tau)`` for age 0..size: the share of a byte's density lost to a trunk that is ``age`` old."""
+    table: Floats = -np.expm1(-np.arange(size + 1, dtype=np.float64) / tau)
+    return table
+
+
+@njit(cache=True)
+def plan_block(
+    density: Floats, staleness: Floats, price: float, carry: int, min_size: int, max_size: int
+) -> tuple[Bytes, int, float]:  # pragma: no cover - compiled
+    """The cheapest tiling of one block, exactly, by dynamic programming over tile ends.
+
+    Minimises ``sum of density * staleness(age) over bytes that do not fire + price * tiles``. The first tile may have
+    begun ``carry`` bytes before the block, and the last one may stay open (it costs staleness, but no tile).
+
+    Args:
+        density: [L] bits. staleness: [>= carry + L + 1] share lost by age. price: bits per tile.
+        carry: age that the byte before the block had (0: it fired).
+        min_size, max_size: bounds on bytes per tile; one that the carry already broke ends as soon as it may.
+
+    Returns:
+        fires [L] of 0 and 1, the number of tiles, and the cost in bits.
+    """
+    length = density.shape[0]
+    best = np.full(length + 1, np.inf)  # best[e]: cost of bytes before e, the last of which fires
+    back = np.zeros(length + 1, np.int64)
+    best[0] = 0.0
+    total = np.inf
+    last = 0
+    for start in range(length + 1):
+        if best[start] == np.inf:
+            continue
+        age = carry if start == 0 else 0
+        loss = 0.0
+        reach = max(start + max_size - age, start + 1)
+        for byte in range(start, length):
+            if byte >= reach:
+                break
+            age += 1
+            if age >= min_size:
+                cost = best[start] + loss + price
+                if cost < best[byte + 1]:
+                    best[byte + 1] = cost
+                    back[byte + 1] = start
+            loss += density[byte] * staleness[age]
+        if start + (max_size - (carry if start == 0 else 0)) > length and best[start] + loss < total:
+            total = best[start] + loss
+            last = start
+    if best[length] < total:
+        total = best[length]
+        last = length
+    fires = np.zeros(length, np.uint8)
+    tiles = 0
+    while last > 0:
+        fires[last - 1] = 1
+        tiles += 1
+        last = back[last]
+    return fires, tiles, total
+
+
+@njit(cache=True)
+def tiling_loss(fires: Bytes, density: Floats, staleness: Floats, carry: int) -> float:  # pragma: no cover - compiled
+    """Bits lost to staleness under given fires; arguments as in :func:`plan_block`."""
+    age = carry
+    loss = 0.0
+    for byte in range(density.shape[0]):
+        age = 0 if fires[byte] else age + 1
+        loss += density[byte] * staleness[age]
+    return loss
+
+
+@njit(cache=True)
+def pacing_error(fires: float, quota: float, position: float) -> float:  # pragma: no cover - compiled
+    """Fires ahead (positive) or behind (negative) of the quota, in units of the tolerated gap at ``position``."""
+    return (fires - quota) / max(24.0, 0.012 * position)
+
+
+@njit(cache=True)
+def fire_online(
+    density: Floats,
+    staleness: Floats,
+    rate: float,
+    log_threshold: float,
+    last_fire: int,
+    fires_before: int,
+    quota: float,
+    position: int,
+    min_size: int,
+    max_size: int,
+) -> Bytes:  # pragma: no cover - compiled
+    """The causal firing rule over consecutive bytes: fire where the density that staleness puts at risk is high.
+
+    Fires at t when ``density * staleness(age) >= exp(log_threshold + e + 4 e^3)``, e the pacing error, or when the
+    tile is full and the quota is not exceeded. Rate 0 never fires, rate 1 always.
+
+    Args:
+        density: [L] bits. staleness: table by age, its last entry serves all greater ages.
+        rate: allowed fires per byte. log_threshold: of the calibrated threshold at that rate.
+        last_fire, fires_before, quota, position: the router's state before the first byte.
+
+    Returns:
+        [L] of 0 and 1.
+    """
+    length = density.shape[0]
+    out = np.zeros(length, np.uint8)
+    if rate <= 0.0:
+        return out
+    fires = float(fires_before)
+    oldest = staleness.shape[0] - 1
+    for t in range(length):
+        here = position + t
+        quota += rate
+        age = here + 1 - last_fire if last_fire > 0 else max_size
+        error = pacing_error(fires, quota, here + 1)
+        threshold = math.exp(min(log_threshold + error + 4.0 * error**3, 700.0))
+        fire = age >= min_size and (
+            density[t] * staleness[min(age, oldest)] >= threshold or (age >= max_size and error < 1.0)
+        )
+        if fire or rate >= 1.0:
+            out[t] = 1
+            fires += 1.0
+            last_fire = here + 1
+    return out
+
+
+@njit(cache=True)
+def fire_evenly(rate: float, fires_before: int, quota: float, length: int) -> Bytes:  # pragma: no cover - compiled
+    """Uniform firing, blind to the text: fire whenever the quota allows one more."""
+    out = np.zeros(length, np.uint8)
+    fires = fires_before
+    for t in range(length):
+        quota += rate
+        if fires + 1 <= quota + 1e-9:
+            out[t] = 1
+            fires += 1
+    return out

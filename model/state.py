@@ -1,0 +1,125 @@
+"""The state of running sequences: dataclasses of tensors with one row per sequence (or per slot of a pool)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Rows:
+    """Base of every state: nested dataclasses and tuples of tensors whose first axis is the sequence."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor, in declaration order."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for part in value if isinstance(value, tuple) else (value,):
+                if isinstance(part, Rows):
+                    yield from part.tensors()
+                else:
+                    yield part
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """A state of the same structure with ``function`` applied to every tensor."""
+
+        def apply(value: object) -> object:
+            if isinstance(value, tuple):
+                return tuple(apply(part) for part in value)
+            if isinstance(value, Rows):
+                return value.map(function)
+            assert isinstance(value, Tensor)
+            return function(value)
+
+        return type(self)(*(apply(getattr(self, field.name)) for field in fields(self)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all rows."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def gather(self, index: Tensor) -> Self:
+        """A copy of the rows ``index`` (LongTensor [n])."""
+        return self.map(lambda tensor: tensor.index_select(0, index))
+
+    def scatter_(self, index: Tensor, rows: Self) -> None:
+        """Overwrite the rows ``index`` (LongTensor [n]) with ``rows``, in place."""
+        for mine, other in zip(self.tensors(), rows.tensors(), strict=True):
+            mine.index_copy_(0, index, other)
+
+    def copy_(self, other: Self) -> None:
+        """Overwrite every row with the rows of ``other``, in place."""
+        for mine, new in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(new)
+
+
+@dataclass(slots=True)
+class BlockState(Rows):
+    """State of one Mamba-2 block."""
+
+    conv_state: Tensor
+    """[B, d_conv - 1, conv_dim] the last inputs of the convolution, before it."""
+    ssm_state: Tensor
+    """[B, H, P, N] fp32."""
+
+
+@dataclass(slots=True)
+class DensityState(Rows):
+    """What the density analyzer remembers: a window of keys, and everything older as one lump."""
+
+    keys: Tensor
+    """[B, W, N] the last W keys (B of the encoder's last block), oldest first."""
+    weights: Tensor
+    """[B, W, H] ``dt`` of those positions; 0 where the window reaches before the analysis began."""
+    log_decay: Tensor
+    """[B, W, H] ``dt * A`` of those positions."""
+    mass: Tensor
+    """[B, H] decayed sum of ``dt * |key|`` over every position so far."""
+    seen: Tensor
+    """[B] int64, positions analysed."""
+
+
+@dataclass(slots=True)
+class RouterState(Rows):
+    """What the router holds between fires, and the pacing of fires."""
+
+    held: Tensor
+    """[B, d_model] the trunk's last update at outer width; 0 before the first fire."""
+    last_fire: Tensor
+    """[B] int64, one more than the position of the last fire; 0 before the first."""
+    fires: Tensor
+    """[B] int64, fires so far under the pacing controller."""
+    quota: Tensor
+    """[B] float64, fires allowed so far: the sum of the rate over the positions read."""
+    positions: Tensor
+    """[B] int64, positions read so far."""
+
+
+@dataclass(slots=True)
+class ModelState(Rows):
+    """Everything an :class:`~model.lm.AdaptiveAttentionSystem` carries between calls; all zero at the start."""
+
+    encoder: tuple[BlockState, ...]
+    trunk: tuple[BlockState, ...]
+    decoder: tuple[BlockState, ...]
+    density: DensityState
+    router: RouterState
+
+    def reset_(self, index: Tensor) -> None:
+        """Return the rows ``index`` (LongTensor [n]) to those of a sequence that has read nothing, in place."""
+        for tensor in self.tensors():
+            tensor.index_fill_(0, index, 0)
+
+
+def zero_block_state(
+    batch: int, conv_dim: int, d_conv: int, heads: int, headdim: int, d_state: int, device: torch.device
+) -> BlockState:
+    """The state of a block that has read nothing."""
+    return BlockState(
+        conv_state=torch.zeros(batch, d_conv - 1, conv_dim, device=device),
+        ssm_state=torch.zeros(batch, heads, headdim, d_state, device=device),
+    )
