@@ -30,7 +30,7 @@ class ModelConfig(StrictModel):
     d_trunk: Positive = 256
     encoder_layers: Positive = 1
     trunk_layers: Positive = 4
-    decoder_layers: Positive = 1
+    decoder_layers: int = Field(default=1, ge=0, le=64)
     expand: Positive = 2
     headdim: Positive = 64
     d_state: Positive = 64

@@ -72,7 +72,7 @@ class TileManager(nn.Module):
     @property
     def tau(self) -> float:
         """Staleness constant in bytes."""
-        return math.exp(float(self.log_tau))
+        return math.exp(self.log_tau.item())
 
     def staleness(self, age: Tensor) -> Tensor:
         """Share of a byte's density lost to a trunk that is ``age`` bytes old. Differentiable in tau."""

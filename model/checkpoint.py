@@ -1,0 +1,83 @@
+"""Checkpoints: a folder with the weights as safetensors and the shape as strict JSON. No code is ever loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from model.config import ModelConfig, StrictModel
+from model.lm import AdaptiveAttentionSystem
+
+EMBEDDED_CHECKPOINT = Path(__file__).parent / "weights" / "rheostat-small"
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, or of another shape."""
+
+
+class CheckpointConfig(StrictModel):
+    """Content of ``config.json``."""
+
+    format: Literal[1] = 1
+    model: ModelConfig
+    provenance: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """How the weights came to be; for people, nothing reads it."""
+
+
+def read_config(folder: Path) -> CheckpointConfig:
+    """The configuration of a checkpoint.
+
+    Raises:
+        CheckpointError: the file is missing, not JSON, or has an unknown key or a bad value.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        return CheckpointConfig.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"no checkpoint at {folder}: {error.strerror} ({path.name})") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"])) or "file"
+        raise CheckpointError(f"{path}: {key}: {first['msg']} (got {first['input']!r})") from error
+
+
+def load_checkpoint(folder: Path, device: str | torch.device = "cpu") -> AdaptiveAttentionSystem:
+    """The model of a checkpoint, ready to serve (evaluation mode, no gradients).
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the weights do not fit the configuration.
+    """
+    config = read_config(folder)
+    model = AdaptiveAttentionSystem(config.model)
+    try:
+        weights = load_file(folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {folder / WEIGHTS_FILE}: {error}") from error
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {error}") from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+def save_checkpoint(
+    model: AdaptiveAttentionSystem, folder: Path, provenance: dict[str, str | int | float | bool] | None = None
+) -> None:
+    """Write a checkpoint; each file appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = CheckpointConfig(model=model.config, provenance=provenance or {})
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    partial = folder / f"{WEIGHTS_FILE}.partial"
+    save_file(weights, partial)
+    partial.replace(folder / WEIGHTS_FILE)
+    text = folder / f"{CONFIG_FILE}.partial"
+    text.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    text.replace(folder / CONFIG_FILE)

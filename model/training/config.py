@@ -1,0 +1,40 @@
+"""Settings of a training run."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from model.config import StrictModel
+
+
+class TrainingConfig(StrictModel):
+    """How a model is trained. Lengths in bytes, rates in trunk fires per byte."""
+
+    steps: int = Field(default=2000, ge=1)
+    sequences: int = Field(default=4, ge=1, le=4096)
+    length: int = Field(default=2048, ge=64, le=1 << 17)
+    learning_rate: float = Field(default=3e-3, gt=0, lt=1)
+    weight_decay: float = Field(default=0.05, ge=0, lt=1)
+    warmup: int = Field(default=50, ge=0)
+    cooldown: float = Field(default=0.4, gt=0, le=1)
+    """Share of the steps over which the learning rate falls."""
+    clip: float = Field(default=1.0, gt=0)
+    seed: int = Field(default=0, ge=0)
+    plain: bool = False
+    """Train at full resolution only: the plain Mamba-2 to compare with."""
+    full_weight: float = Field(default=0.5, ge=0, le=1)
+    """Share of the full-resolution loss; the rest belongs to the reduced pass over the same bytes."""
+    floor_share: float = Field(default=0.33, ge=0, le=1)
+    """Share of steps whose reduced pass never fires."""
+    uniform_share: float = Field(default=0.2, ge=0, le=1)
+    """Share of the other reduced passes that fire at a uniform stride."""
+    level_share: float = Field(default=0.2, ge=0, le=1)
+    """Share of reduced passes that run at a smaller state size."""
+    lowest_rate: float = Field(default=1 / 64, gt=0, le=1)
+    highest_rate: float = Field(default=0.75, gt=0, le=1)
+    exit_weight: float = Field(default=0.1, ge=0)
+    kl_weight: float = Field(default=0.1, ge=0)
+    density_weight: float = Field(default=0.1, ge=0)
+    validate_every: int = Field(default=200, ge=1)
+    validation_sequences: int = Field(default=16, ge=1)
+    save_every: int = Field(default=100, ge=1)

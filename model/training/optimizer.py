@@ -1,0 +1,93 @@
+"""Optimiser: Muon for the matrices, AdamW for everything else.
+
+Source: ``AdaptiveOptimizer.optimize_step``, section 4.5.2 of the source document, and Jordan et al. 2024 for Muon.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from model.lm import AdaptiveAttentionSystem
+from model.training.config import TrainingConfig
+from model.training.firing import Reduced
+from model.training.loss import Loss, compute_loss
+from model.training.muon import Muon
+
+
+class AdaptiveOptimizer:
+    """Steps a model at a given resolution.
+
+    Args:
+        model: its parameters are changed in place. config: learning rate and its schedule, clipping, weight decay.
+    """
+
+    def __init__(self, model: AdaptiveAttentionSystem, config: TrainingConfig) -> None:
+        self.model = model
+        self.config = config
+        matrices, decayed, kept, density = [], [], [], []
+        for name, parameter in model.named_parameters():
+            if name.startswith(("density.", "tiles.")):
+                density.append(parameter)
+            elif name.endswith(("in_proj.weight", "out_proj.weight", "down.weight", "up.weight")):
+                matrices.append(parameter)
+            elif parameter.dim() >= 2:
+                decayed.append(parameter)
+            else:  # A_log, dt_bias, D, norms, fading: decay would pull them towards a meaningless zero
+                kept.append(parameter)
+        rate, decay = config.learning_rate, config.weight_decay
+        self.optimizers: list[torch.optim.Optimizer] = [
+            Muon(matrices, lr=rate, weight_decay=decay),
+            AdamW(
+                [
+                    {"params": decayed, "weight_decay": decay},
+                    {"params": kept, "weight_decay": 0.0},
+                    {"params": density, "weight_decay": 0.0, "lr": 3 * rate},
+                ],
+                lr=rate,
+                betas=(0.9, 0.95),
+            ),
+        ]
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["peak"] = group["lr"]
+
+    def schedule(self, step: int) -> float:
+        """Share of the peak learning rate at ``step``: linear warm-up, constant, then a straight line to 1 %.
+
+        The constant part lets a resumed run move its end (Hägele et al. 2024, "Scaling laws beyond fixed durations").
+        """
+        warm = min(1.0, (step + 1) / max(1, self.config.warmup))
+        left = (self.config.steps - step) / max(1.0, self.config.cooldown * self.config.steps)
+        return warm * min(1.0, max(0.01, left))
+
+    def optimize_step(self, tokens: Tensor, reduced: Reduced | None, step: int) -> Loss:
+        """One training step on tokens [B, L + 1] at the sampled resolution.
+
+        Raises:
+            FloatingPointError: the loss is not finite; the parameters are unchanged.
+        """
+        loss = compute_loss(self.model, tokens, reduced, self.config)
+        if not math.isfinite(loss.total.item()):
+            raise FloatingPointError(f"loss is {loss.total.item()} at step {step}: {loss.bits}")
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * self.schedule(step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """State of both optimisers."""
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
