@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -69,11 +70,11 @@ def load_checkpoint(folder: Path, device: str | torch.device = "cpu") -> Adaptiv
 
 
 def save_checkpoint(
-    model: AdaptiveAttentionSystem, folder: Path, provenance: dict[str, str | int | float | bool] | None = None
+    model: AdaptiveAttentionSystem, folder: Path, provenance: Mapping[str, str | int | float | bool] | None = None
 ) -> None:
     """Write a checkpoint; each file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = CheckpointConfig(model=model.config, provenance=provenance or {})
+    config = CheckpointConfig(model=model.config, provenance=dict(provenance or {}))
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     partial = folder / f"{WEIGHTS_FILE}.partial"
     save_file(weights, partial)

@@ -55,18 +55,14 @@ class ModelConfig(StrictModel):
                 raise ValueError(f"expand * {field} = {inner} must be a multiple of headdim = {self.headdim}")
         levels = self.d_state_levels
         if not levels or list(levels) != sorted(set(levels)) or levels[-1] != self.d_state:
-            raise ValueError(
-                f"d_state_levels = {levels} must rise strictly and end at d_state = {self.d_state}"
-            )
+            raise ValueError(f"d_state_levels = {levels} must rise strictly and end at d_state = {self.d_state}")
         if not self.min_tile_size <= self.max_tile_size <= self.block_size:
             raise ValueError(
                 f"tile sizes must satisfy min_tile_size = {self.min_tile_size} <= max_tile_size = "
                 f"{self.max_tile_size} <= block_size = {self.block_size}"
             )
         if self.block_size % self.chunk_size:
-            raise ValueError(
-                f"block_size = {self.block_size} must be a multiple of chunk_size = {self.chunk_size}"
-            )
+            raise ValueError(f"block_size = {self.block_size} must be a multiple of chunk_size = {self.chunk_size}")
         return self
 
     @property

@@ -197,7 +197,8 @@ class AdaptiveAttentionSystem(nn.Module):
             state: of one sequence, replaced by the state after the piece.
             rate: trunk fires per byte, 0 to 1.
         """
-        assert tokens.shape[0] == 1 and 0 < tokens.shape[1] <= self.config.block_size
+        assert tokens.shape[0] == 1, "prompts are read one by one"
+        assert 0 < tokens.shape[1] <= self.config.block_size
         encoded = self.encode(tokens, state.encoder)
         state.encoder = encoded.states
         plan = self._plan(encoded, state, rate)
@@ -214,7 +215,8 @@ class AdaptiveAttentionSystem(nn.Module):
         features, state.density = self.density(self.exit_head(encoded.hidden), encoded.trace, state.density)
         density = self.density.combine(features)[0].double().cpu().numpy()
         router = state.router
-        pace = Pace(*(value.item() for value in (router.positions, router.last_fire, router.fires, router.quota)))
+        position, last_fire, fires = (int(count) for count in (router.positions, router.last_fire, router.fires))
+        pace = Pace(position, last_fire, fires, router.quota.item())
         return self.tiles.plan(density, rate, pace)
 
     @torch.inference_mode()

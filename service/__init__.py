@@ -1,0 +1,1 @@
+"""The server: HTTP, engine, metrics, command line."""

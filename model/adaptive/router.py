@@ -27,9 +27,7 @@ class CrossScaleRouter(nn.Module):
         else:
             self.down = self.up = None
         self.raw_fading = nn.Parameter(torch.full((config.d_model,), -2.0))
-        self.fold = nn.ParameterDict(
-            {str(n): nn.Parameter(torch.zeros(n, self.d_state - n)) for n in self.levels[:-1]}
-        )
+        self.fold = nn.ParameterDict({str(n): nn.Parameter(torch.zeros(n, self.d_state - n)) for n in self.levels[:-1]})
 
     def to_trunk(self, selected: Tensor) -> Tensor:
         """Outer width to trunk width, [..., d_model] -> [..., d_trunk]."""
@@ -45,8 +43,8 @@ class CrossScaleRouter(nn.Module):
         Args:
             held: [..., d_model]. age: [...] bytes since the fire that made it.
         """
-        power = -F.softplus(self.raw_fading) * torch.log1p(age.to(held.dtype)).unsqueeze(-1)
-        return held * power.exp()
+        rho = torch.exp(-F.softplus(self.raw_fading) * torch.log1p(age.to(held.dtype)).unsqueeze(-1))
+        return torch.mul(held, rho)
 
     def route_states(self, ssm_state: Tensor, d_state: int) -> Tensor:
         """A live state [B, H, P, N] at another size: down with what is cut off folded in, up with zeros.

@@ -65,9 +65,7 @@ class VariableStateSpaceModel(nn.Module):
     def zero_state(self, batch: int, device: torch.device) -> BlockState:
         """The state of ``batch`` sequences that have read nothing."""
         d_conv = self.conv_weight.shape[1]
-        return zero_block_state(
-            batch, self.conv_dim, d_conv, self.heads, self.headdim, self.d_state, device
-        )
+        return zero_block_state(batch, self.conv_dim, d_conv, self.heads, self.headdim, self.d_state, device)
 
     def resize_state_space(
         self, state: BlockState, d_state: int, interpolation_mode: Literal["nested", "linear"] = "nested"
@@ -123,9 +121,7 @@ class VariableStateSpaceModel(nn.Module):
         """
         z, xBC_raw, dt_raw = self.in_proj(hidden).split([self.d_inner, self.conv_dim, self.heads], dim=-1)
         window = torch.cat([state.conv_state, xBC_raw], dim=1)
-        mixed = F.conv1d(
-            window.transpose(1, 2), self.conv_weight.unsqueeze(1), self.conv_bias, groups=self.conv_dim
-        )
+        mixed = F.conv1d(window.transpose(1, 2), self.conv_weight.unsqueeze(1), self.conv_bias, groups=self.conv_dim)
         xBC = F.silu(mixed.transpose(1, 2))
         x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
         B, C = self._columns(B, C, state.ssm_state.shape[-1])
@@ -142,7 +138,9 @@ class VariableStateSpaceModel(nn.Module):
         self, hidden: Tensor, state: BlockState, stretch: Tensor | None = None
     ) -> tuple[Tensor, BlockState, ScanTrace]:
         """Read one position: ``hidden`` [B, D], ``stretch`` [B]. Otherwise as :meth:`forward`, L axis dropped."""
-        z, new, dt_raw = linear_rows(hidden, self.in_proj.weight).split([self.d_inner, self.conv_dim, self.heads], dim=-1)
+        z, new, dt_raw = linear_rows(hidden, self.in_proj.weight).split(
+            [self.d_inner, self.conv_dim, self.heads], dim=-1
+        )
         window = torch.cat([state.conv_state, new.unsqueeze(1)], dim=1)
         xBC = F.silu((window * self.conv_weight.t()).sum(1) + self.conv_bias)
         x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)

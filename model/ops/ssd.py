@@ -74,7 +74,7 @@ def into_chunks(value: Tensor, chunk_size: int) -> Tensor:
     missing = -value.shape[1] % chunk_size
     if missing:
         value = F.pad(value, (0, 0) * (value.dim() - 2) + (0, missing))
-    return value.unflatten(1, (-1, chunk_size))
+    return value.reshape(value.shape[0], -1, chunk_size, *value.shape[2:])
 
 
 def ssd_scan(

@@ -65,7 +65,7 @@ def plan_block(
             total = best[start] + loss
             last = start
     if best[length] < total:
-        total = best[length]
+        total = float(best[length])
         last = length
     fires = np.zeros(length, np.uint8)
     tiles = 0

@@ -111,9 +111,7 @@ def _check_output(run: Run) -> None:
         raise TrainingError(f"{run.output} holds no run to resume ({STATE_FILE} is missing)")
 
 
-def _restore(
-    run: Run, model: AdaptiveAttentionSystem, optimizer: AdaptiveOptimizer, config: TrainingConfig
-) -> int:
+def _restore(run: Run, model: AdaptiveAttentionSystem, optimizer: AdaptiveOptimizer, config: TrainingConfig) -> int:
     """Load a stopped run into ``model`` and ``optimizer``; the number of steps done."""
     saved: dict[str, Any] = torch.load(run.output / STATE_FILE, map_location=run.device, weights_only=True)
     before = TrainingConfig.model_validate_json(saved["config"])

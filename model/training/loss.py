@@ -56,9 +56,10 @@ def compute_loss(
     logits = model.head(model.combine(encoded, fires, state))
     cost = cross_entropy(logits, targets)
     # One sequence is enough for the divergence: it is an average over thousands of positions already.
-    divergence = F.kl_div(
-        logits[:1].log_softmax(-1), full_logits[:1].detach().log_softmax(-1), log_target=True, reduction="sum"
-    ) / logits[:1, :, 0].numel()
+    divergence = (
+        F.kl_div(logits[:1].log_softmax(-1), full_logits[:1].detach().log_softmax(-1), log_target=True, reduction="sum")
+        / logits[:1, :, 0].numel()
+    )
     regression = density_regression(model, density, cost.detach() - full.detach(), fires)
     weight = config.full_weight
     loss.total = (
@@ -73,9 +74,7 @@ def compute_loss(
     return loss
 
 
-def density_regression(
-    model: AdaptiveAttentionSystem, density: Tensor, stale_cost: Tensor, fires: Tensor
-) -> Tensor:
+def density_regression(model: AdaptiveAttentionSystem, density: Tensor, stale_cost: Tensor, fires: Tensor) -> Tensor:
     """Mean squared error in bits² of ``density * staleness(age)`` against what staleness did cost.
 
     Args:

@@ -25,7 +25,8 @@ def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
     for _ in range(iterations):
         gram = x @ x.t()
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide is matrix else x.t()
+    result: Tensor = x if wide is matrix else x.t()
+    return result
 
 
 class Muon(Optimizer):
@@ -41,7 +42,7 @@ class Muon(Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         """Update every matrix in place from its gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -74,7 +74,7 @@ class AdaptiveOptimizer:
         loss = compute_loss(self.model, tokens, reduced, self.config)
         if not math.isfinite(loss.total.item()):
             raise FloatingPointError(f"loss is {loss.total.item()} at step {step}: {loss.bits}")
-        loss.total.backward()  # type: ignore[no-untyped-call]
+        loss.total.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
