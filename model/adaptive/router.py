@@ -59,4 +59,5 @@ class CrossScaleRouter(nn.Module):
             return F.pad(ssm_state, (0, d_state - current))
         kept, cut = ssm_state[..., :d_state], ssm_state[..., d_state:]
         weight = self.fold[str(d_state)][:, : current - d_state]
-        return kept + cut @ weight.t()
+        folded: Tensor = kept + cut @ weight.t()
+        return folded
