@@ -123,6 +123,10 @@ class TileManager(nn.Module):
             self.min_tile_size, self.max_tile_size,
         )  # fmt: skip
 
+    def longest(self, rate: float) -> int:
+        """Most bytes of a planned tile at ``rate``: ``max_tile_size``, or more where the rate could not be met."""
+        return max(self.max_tile_size, math.ceil(2.0 / rate))
+
     def evenly(self, length: int, rate: float, pace: Pace) -> Bytes:
         """Fires [L] at a uniform stride, blind to the text: the baseline."""
         return fire_evenly(rate, pace.fires, pace.quota, length)
@@ -138,7 +142,7 @@ class TileManager(nn.Module):
             return np.full(length, int(rate >= 1.0), np.uint8)
         carry = pace.position - pace.last_fire if pace.last_fire else self.max_tile_size
         table = staleness_table(self.tau, carry + length + 1)
-        longest = max(self.max_tile_size, math.ceil(2.0 / rate))
+        longest = self.longest(rate)
 
         def solve(log_price: float) -> tuple[Bytes, int]:
             fires, tiles, _ = plan_block(density, table, math.exp(log_price), carry, self.min_tile_size, longest)

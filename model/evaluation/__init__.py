@@ -1,1 +1,1 @@
-"""Evaluation protocols."""
+"""Quality for compute, on held-out documents."""

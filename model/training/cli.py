@@ -9,6 +9,7 @@ import torch
 
 from model.checkpoint import read_config
 from model.config import ModelConfig
+from model.device import choose_device
 from model.training.config import TrainingConfig
 from model.training.loop import Run, train
 
@@ -40,16 +41,13 @@ def run_train(arguments: argparse.Namespace) -> int:
     chosen = {name: getattr(arguments, name) for name in TrainingConfig.model_fields if hasattr(arguments, name)}
     shape = ModelConfig() if arguments.config is None else read_config(arguments.config).model
     shape = ModelConfig.model_validate({**shape.model_dump(), **arguments.shape})
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     run = Run(
         corpus=arguments.corpus,
         output=arguments.output,
         resume=arguments.resume,
         initial=arguments.initial,
         weights=arguments.weights,
-        device=device,
+        device=choose_device(arguments.device),
         minutes=arguments.minutes,
     )
     train(run, shape, TrainingConfig.model_validate(chosen))

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from model.checkpoint import load_checkpoint, save_checkpoint
 from model.config import ModelConfig
 from model.lm import AdaptiveAttentionSystem
+from model.training.calibration import calibrate
 from model.training.config import TrainingConfig
 from model.training.data import Corpus
 from model.training.firing import sample_reduced
@@ -49,7 +50,8 @@ class Run:
 def train(run: Run, shape: ModelConfig, config: TrainingConfig) -> AdaptiveAttentionSystem:
     """Train a model, or go on with a stopped run, and return it.
 
-    Writes a checkpoint, the optimiser's state and a log of one JSON object per validation to ``run.output``.
+    A finished run is calibrated on the validation text. Writes a checkpoint, the state of the optimiser, and a log of
+    one JSON object per validation, to ``run.output``.
 
     Raises:
         TrainingError: the output exists and ``resume`` is off, or the other way round, or the settings differ.
@@ -63,7 +65,7 @@ def train(run: Run, shape: ModelConfig, config: TrainingConfig) -> AdaptiveAtten
     model = load_checkpoint(run.initial) if run.initial else AdaptiveAttentionSystem(shape)
     model.requires_grad_(True).to(run.device).train()
     optimizer = AdaptiveOptimizer(model, config)
-    start = _restore(run, model, optimizer, config) if run.resume else 0
+    done = start = _restore(run, model, optimizer, config) if run.resume else 0
     validation = held_out.batch(0, 0, config.validation_sequences, config.length).to(run.device)
     began = time.monotonic()
     batch_bytes = config.sequences * config.length
@@ -83,9 +85,13 @@ def train(run: Run, shape: ModelConfig, config: TrainingConfig) -> AdaptiveAtten
                 _log(run.output, {"step": done, "bytes": done * batch_bytes, **validate(model, validation)})
             if done % config.save_every == 0 or last:
                 _save(run, model, optimizer, config, done)
-            if last:
+            if out_of_time:
                 break
-    return model.eval()
+    model.eval()
+    if done == config.steps and not config.plain:
+        calibrate(model, validation[:, :-1])
+        _save(run, model, optimizer, config, done)
+    return model
 
 
 @torch.no_grad()

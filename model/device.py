@@ -1,0 +1,18 @@
+"""Which device to run on."""
+
+from __future__ import annotations
+
+import torch
+
+
+def choose_device(name: str) -> str:
+    """``cpu`` or ``cuda`` for ``auto``, ``cpu`` or ``cuda``; ``auto`` takes the GPU if there is one.
+
+    Raises:
+        ValueError: ``cuda`` is asked for and there is none.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but torch finds no CUDA device")
+    return name

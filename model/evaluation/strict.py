@@ -1,0 +1,107 @@
+"""Protocol P0, strict: bits per byte and compute spent under online, causal firing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.adaptive.tiling import Pace
+from model.lm import AdaptiveAttentionSystem, Encoded
+from model.ops.tiling import Floats
+from model.state import ModelState
+from model.tokenizer import DOCUMENT
+
+PIECE = 4096
+"""Bytes scored in one call; a multiple of every chunk size, and short enough to bound memory."""
+
+
+@dataclass(slots=True)
+class Score:
+    """What one budget achieved; grows document by document."""
+
+    budget: float
+    """Share of full resolution that may be spent."""
+    bits: float = 0.0
+    bytes: int = 0
+    fires: int = 0
+    spent_flops: int = 0
+    full_flops: int = 0
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Mean cost of a byte."""
+        return self.bits / self.bytes
+
+    @property
+    def flop_ratio(self) -> float:
+        """Operations spent, as a share of full resolution."""
+        return self.spent_flops / self.full_flops
+
+
+class StrictEvaluation:
+    """Scores documents at several budgets in one pass: the encoder and the density are shared between them."""
+
+    def __init__(self, model: AdaptiveAttentionSystem, budgets: Iterable[float]) -> None:
+        self.model = model
+        self.scores = [Score(budget) for budget in budgets]
+        self._rates = [model.cost.rates(score.budget).decode for score in self.scores]
+
+    @torch.inference_mode()
+    def add(self, document: bytes, progress: Callable[[int], object] = lambda _: None) -> None:
+        """Score every byte of a document given those before it; ``progress`` is called with bytes done."""
+        tokens = torch.tensor([DOCUMENT, *document], device=self.model.device).unsqueeze(0)
+        shared = self.model.allocate_state(1)
+        states = [self.model.allocate_state(1) for _ in self.scores]
+        adaptive = any(self.model.cost.analysed(rate) for rate in self._rates)
+        for start in range(0, len(document), PIECE):
+            inputs = tokens[:, start : start + PIECE]
+            targets = tokens[0, start + 1 : start + PIECE + 1]
+            inputs = inputs[:, : len(targets)]
+            encoded = self.model.encode(inputs, shared.encoder)
+            shared.encoder = encoded.states
+            density = self._density(encoded, shared) if adaptive else None
+            for score, rate, state in zip(self.scores, self._rates, states, strict=True):
+                self._score(score, rate, state, encoded, density, targets)
+            progress(len(targets))
+
+    def _density(self, encoded: Encoded, state: ModelState) -> Floats:
+        exit_logits = self.model.exit_head(encoded.hidden)
+        features, state.density = self.model.density(exit_logits, encoded.trace, state.density)
+        density: Floats = self.model.density.combine(features)[0].double().cpu().numpy()
+        return density
+
+    def _score(
+        self, score: Score, rate: float, state: ModelState, encoded: Encoded, density: Floats | None, targets: Tensor
+    ) -> None:
+        length = len(targets)
+        fires = self._fires(rate, state, density, length)
+        quota = state.router.quota + rate * length
+        output = self.model.combine(encoded, fires, state)
+        state.router.quota = quota
+        nats = F.cross_entropy(self.model.head(output)[0], targets, reduction="sum").item()
+        fired = length if fires is None else int(fires.sum())
+        cost = self.model.cost
+        score.bits += nats / math.log(2.0)
+        score.bytes += length
+        score.fires += fired
+        score.spent_flops += cost.flops(length, fired, length, length if cost.analysed(rate) else 0).total
+        score.full_flops += cost.full_flops(length, length)
+
+    def _fires(self, rate: float, state: ModelState, density: Floats | None, length: int) -> Tensor | None:
+        """Where the trunk runs in the next ``length`` bytes [1, L]; None for everywhere."""
+        if rate >= 1.0:
+            return None
+        if rate <= 0.0:
+            chosen = np.zeros(length, np.uint8)
+        else:
+            assert density is not None, "a rate between 0 and 1 needs the density"
+            router = state.router
+            position, last_fire, fires = (int(count) for count in (router.positions, router.last_fire, router.fires))
+            chosen = self.model.tiles.online(density, rate, Pace(position, last_fire, fires, router.quota.item()))
+        return torch.from_numpy(chosen.astype(bool)).to(self.model.device).unsqueeze(0)
