@@ -43,8 +43,8 @@ class Encoded:
 class PrefillOutput:
     """Result of reading a piece of prompt."""
 
-    logits: Tensor
-    """[V] after the last token."""
+    logits: Tensor | None
+    """[V] after the last token; None where no prediction was asked for."""
     tile_ends: list[int]
     """Offsets in the piece at which the trunk fired."""
 
@@ -189,13 +189,13 @@ class AdaptiveAttentionSystem(nn.Module):
         return self.density.combine(features)
 
     @torch.inference_mode()
-    def prefill(self, tokens: Tensor, state: ModelState, rate: float) -> PrefillOutput:
+    def prefill(self, tokens: Tensor, state: ModelState, rate: float, *, predict: bool = True) -> PrefillOutput:
         """Read a piece of one prompt, its tiles planned by the dynamic programme.
 
         Args:
             tokens: [1, L], at most ``block_size``; every piece of a prompt but the last has exactly that length.
             state: of one sequence, replaced by the state after the piece.
-            rate: trunk fires per byte, 0 to 1.
+            rate: trunk fires per byte, 0 to 1. predict: whether the head runs; only a prompt's last piece needs it.
         """
         assert tokens.shape[0] == 1, "prompts are read one by one"
         assert 0 < tokens.shape[1] <= self.config.block_size
@@ -206,7 +206,8 @@ class AdaptiveAttentionSystem(nn.Module):
         fires = torch.from_numpy(plan.astype(bool)).to(tokens.device).unsqueeze(0)
         output = self.combine(encoded, None if plan.all() else fires, state)
         state.router.quota = quota
-        return PrefillOutput(self.head(output[:, -1])[0], np.flatnonzero(plan).tolist())
+        logits = self.head(output[:, -1])[0] if predict else None
+        return PrefillOutput(logits, np.flatnonzero(plan).tolist())
 
     def _plan(self, encoded: Encoded, state: ModelState, rate: float) -> Bytes:
         """Fires of one block of one sequence; analyses it where the rate leaves a choice."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -45,6 +45,12 @@ class Rows:
     def gather(self, index: Tensor) -> Self:
         """A copy of the rows ``index`` (LongTensor [n])."""
         return self.map(lambda tensor: tensor.index_select(0, index))
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Self]) -> Self:
+        """The rows of all ``parts`` (at least one), in order, copied."""
+        columns = zip(*(part.tensors() for part in parts), strict=True)
+        return parts[0].map(lambda _: torch.cat(next(columns)))
 
     def scatter_(self, index: Tensor, rows: Self) -> None:
         """Overwrite the rows ``index`` (LongTensor [n]) with ``rows``, in place."""

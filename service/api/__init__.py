@@ -1,0 +1,1 @@
+"""HTTP: OpenAI-compatible completions, health and metrics."""

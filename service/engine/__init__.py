@@ -1,0 +1,1 @@
+"""Continuous batching of sequences with different compute budgets."""

@@ -1,0 +1,61 @@
+"""From the compute budget that a request asks for to the one it is granted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+from model.cost import CostModel, Rates
+
+
+class Reason(StrEnum):
+    """Why a request was granted what it was granted."""
+
+    REQUESTED = "requested"
+    """As asked."""
+    FLOOR = "floor"
+    """The request asked for less than the model can do with: it runs without the trunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeBudget:
+    """Shares of the full-resolution FLOPs of a request's bytes.
+
+    Raises:
+        ValueError: one is outside (0, 1], or ``minimum`` is above ``target``.
+    """
+
+    target: float
+    minimum: float
+
+    def __post_init__(self) -> None:
+        for name, value in (("target", self.target), ("min", self.minimum)):
+            if not (math.isfinite(value) and 0.0 < value <= 1.0):
+                raise ValueError(f"{name} must be a number greater than 0 and at most 1, not {value}")
+        if self.minimum > self.target:
+            raise ValueError(f"min {self.minimum} must not be above target {self.target}")
+
+    @classmethod
+    def exactly(cls, share: float) -> ComputeBudget:
+        """A budget that the server may not lower."""
+        return cls(share, share)
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What a request may spend."""
+
+    requested: float
+    granted: float
+    reason: Reason
+    rates: Rates
+    """Trunk fires per byte that keep it."""
+
+
+def grant(budget: ComputeBudget, cost: CostModel) -> Grant:
+    """The grant for a budget: the target, or the floor where the target does not pay for adaptive firing."""
+    rates = cost.rates(budget.target)
+    if rates.decode <= 0.0:
+        return Grant(budget.target, cost.floor, Reason.FLOOR, rates)
+    return Grant(budget.target, budget.target, Reason.REQUESTED, rates)
