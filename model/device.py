@@ -1,4 +1,4 @@
-"""Which device to run on."""
+"""Which device to run on, and with how many threads."""
 
 from __future__ import annotations
 
@@ -16,3 +16,9 @@ def choose_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but torch finds no CUDA device")
     return name
+
+
+def set_threads(count: int | None) -> None:
+    """CPU threads of every matrix product in this process; None leaves the choice to torch."""
+    if count is not None:
+        torch.set_num_threads(count)

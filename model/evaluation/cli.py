@@ -6,11 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from model.checkpoint import EMBEDDED_CHECKPOINT, load_checkpoint
-from model.device import choose_device
+from model.device import choose_device, set_threads
 from model.evaluation.strict import StrictEvaluation
 from model.training.data import read_documents
 
@@ -30,8 +29,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    set_threads(arguments.threads)
     documents = spread(read_documents(arguments.documents), arguments.max_bytes)
     model = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
     asked: list[float | str] = arguments.budgets

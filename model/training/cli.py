@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
 
 from model.checkpoint import read_config
 from model.config import ModelConfig
-from model.device import choose_device
+from model.device import choose_device, set_threads
 from model.training.config import TrainingConfig
 from model.training.loop import Run, train
 
@@ -36,8 +35,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_train(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    set_threads(arguments.threads)
     chosen = {name: getattr(arguments, name) for name in TrainingConfig.model_fields if hasattr(arguments, name)}
     shape = ModelConfig() if arguments.config is None else read_config(arguments.config).model
     shape = ModelConfig.model_validate({**shape.model_dump(), **arguments.shape})

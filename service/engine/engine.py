@@ -35,6 +35,9 @@ class Runner(Protocol):
     def release(self, slot: int) -> None:
         """Drop the state in a slot."""
 
+    def check_integrity(self, slots: set[int]) -> None:
+        """Assert that states are held for these slots only, and are in order."""
+
 
 @dataclass(frozen=True, slots=True)
 class Output:
@@ -100,6 +103,9 @@ class Engine:
     def check_integrity(self) -> None:
         """Assert that slots and sequences match."""
         self._scheduler.check_integrity()
+        self.runner.check_integrity(
+            {sequence.slot for sequence in self._scheduler.running if sequence.slot is not None}
+        )
 
     def _run(self, batch: Batch) -> tuple[list[tuple[Sequence, Outcome]], list[Output]]:
         """Run the model; what it returned, and the ends of those for which it failed."""

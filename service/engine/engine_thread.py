@@ -6,8 +6,8 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from collections.abc import Callable
+from typing import Self
 
 from service.engine.engine import Engine, Output
 from service.engine.sequence import FinishReason, Sequence
@@ -50,8 +50,9 @@ class EngineThread:
 
     def stop(self) -> None:
         """Refuse new requests, end the open ones, and wait for the thread."""
-        self._accepting = False
-        self._inbox.put(self._request_stop)
+        with self._lock:  # whatever was accepted before stands in the inbox before the stop
+            self._accepting = False
+            self._inbox.put(self._request_stop)
         self._thread.join()
 
     def stalled_for(self) -> float:
@@ -73,40 +74,22 @@ class EngineThread:
             if len(self._open) >= self._max_open:
                 raise EngineBusyError
             self._open[sequence] = deliver
-        self._inbox.put(lambda: self._engine.add(sequence))
+            self._inbox.put(lambda: self._engine.add(sequence))
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence before the next step; nothing happens if it has ended."""
         if sequence in self._open:
             self._inbox.put(lambda: self._publish([self._engine.end(sequence, FinishReason.ABORT)]))
 
-    async def stream(self, sequence: Sequence) -> AsyncIterator[Output]:
-        """Submit a sequence and yield its outputs; leaving early cancels it.
-
-        Raises:
-            EngineBusyError, EngineStoppedError: as :meth:`submit`.
-        """
-        loop = asyncio.get_running_loop()
-        outputs: asyncio.Queue[Output] = asyncio.Queue()  # bounded by max_tokens
-        self.submit(sequence, lambda output: loop.call_soon_threadsafe(outputs.put_nowait, output))
-        try:
-            while True:
-                output = await outputs.get()
-                yield output
-                if output.finish is not None:
-                    return
-        finally:
-            self.cancel(sequence)
-
-    async def complete(self, sequence: Sequence) -> str:
-        """Submit a sequence and wait for all of its text; being cancelled cancels it. Raises as :meth:`stream`."""
-        async with aclosing(self.stream(sequence)) as outputs:  # type: ignore[type-var]
-            return "".join([output.text async for output in outputs])
+    def open(self, sequence: Sequence) -> OutputStream:
+        """Submit a sequence from an event loop; its outputs. Raises as :meth:`submit`."""
+        return OutputStream(self, sequence)
 
     def check_integrity(self) -> None:
-        """Assert that the engine is in order; call only while it is idle."""
+        """Assert that nothing is left of requests that ended; for a moment at which none is open."""
         self._engine.check_integrity()
-        assert not self._open or not self._engine.idle, "an open request has a sequence in the engine"
+        assert self._engine.idle
+        assert not self._open
 
     def _main(self) -> None:
         while not self._stop:
@@ -151,3 +134,31 @@ class EngineThread:
             except RuntimeError:  # the receiving event loop is closed
                 logger.warning("a receiver has gone; its request ends")
                 self._engine.end(output.sequence, FinishReason.ABORT)
+                with self._lock:
+                    self._open.pop(output.sequence, None)
+
+
+class OutputStream:
+    """Iterates over the outputs of one sequence in the event loop that made it; :meth:`close` it in any case."""
+
+    def __init__(self, engine: EngineThread, sequence: Sequence) -> None:
+        self.sequence = sequence
+        self._engine = engine
+        self._outputs: asyncio.Queue[Output] = asyncio.Queue()  # bounded by max_tokens
+        loop = asyncio.get_running_loop()
+        engine.submit(sequence, lambda output: loop.call_soon_threadsafe(self._outputs.put_nowait, output))
+        self._ended = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Output:
+        if self._ended:
+            raise StopAsyncIteration
+        output = await self._outputs.get()
+        self._ended = output.finish is not None
+        return output
+
+    def close(self) -> None:
+        """Cancel the sequence if it has not ended."""
+        self._engine.cancel(self.sequence)

@@ -77,5 +77,10 @@ class ModelRunner:
         """Drop the state of a sequence that ended."""
         self.pool.release(slot)
 
+    def check_integrity(self, slots: set[int]) -> None:
+        """Assert that states are held for these slots only, and are in order."""
+        self.pool.check_integrity()
+        assert self.pool.held <= slots
+
     def _flops(self, positions: int, tiles: int, logits: int, rate: float) -> Flops:
         return self.cost.flops(positions, tiles, logits, positions if self.cost.analysed(rate) else 0)

@@ -1,0 +1,34 @@
+"""What the routes work with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from model.cost import CostModel
+from model.tokenizer import ByteTokenizer
+from service.engine.engine_thread import EngineThread
+from service.metrics import Metrics
+from service.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The parts of one server; made by the app, given to every route."""
+
+    settings: Settings
+    engine: EngineThread
+    metrics: Metrics
+    cost: CostModel
+    tokenizer: ByteTokenizer
+    model_name: str
+    started: int
+    """Unix time in seconds."""
+
+
+def get_context(request: Request) -> Context:
+    """The context of the app that a request came to."""
+    context = request.app.state.context
+    assert isinstance(context, Context)
+    return context
