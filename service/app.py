@@ -81,7 +81,14 @@ class RequestId:
 
 
 class BodyLimit:
-    """Reads a request's body before the app does, and answers 413 as soon as it is longer than ``max_bytes``."""
+    """Reads a request's body before the app does, and answers 413 if it is longer than ``max_bytes``.
+
+    A body that is somewhat too long is read to its end and dropped, since most clients read no answer before they have
+    sent everything; one that is far too long is cut off.
+    """
+
+    _PATIENCE = 16
+    """How many times ``max_bytes`` are read before the connection is given up."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
@@ -93,18 +100,21 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         body = bytearray()
-        more = True
-        while more:
+        size, more = 0, True
+        while more and size <= self._PATIENCE * self._max_bytes:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return
-            body += message.get("body", b"")
+            part = message.get("body", b"")
+            size += len(part)
+            if size <= self._max_bytes:
+                body += part
             more = message.get("more_body", False)
-            if len(body) > self._max_bytes:
-                text = f"the body must not be longer than {self._max_bytes} bytes"
-                response = JSONResponse(error_body(413, text, code="body_too_large"), 413, {"Connection": "close"})
-                await response(scope, receive, send)
-                return
+        if size > self._max_bytes:
+            text = f"the body must not be longer than {self._max_bytes} bytes"
+            response = JSONResponse(error_body(413, text, code="body_too_large"), 413, {"Connection": "close"})
+            await response(scope, receive, send)
+            return
         replayed = False
 
         async def replay() -> Message:

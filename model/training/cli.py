@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-
 from model.checkpoint import read_config
 from model.config import ModelConfig
 from model.device import choose_device, set_threads

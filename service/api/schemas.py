@@ -5,7 +5,16 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from service.engine.budget import ComputeBudget
@@ -71,6 +80,14 @@ def _share(value: Any) -> float:
         return float("inf")  # an integer of hundreds of digits; refused as too large
 
 
+def _as_text(value: str) -> str:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("holds a lone surrogate, which is not text") from None
+    return value
+
+
 def _parse_stop(value: object) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
@@ -78,10 +95,7 @@ def _parse_stop(value: object) -> tuple[str, ...]:
     if len(stops) > _MOST_STOPS:
         raise ValueError(f"at most {_MOST_STOPS} stop strings are taken, not {len(stops)}")
     for stop in stops:
-        try:
-            size = len(stop.encode("utf-8"))
-        except UnicodeEncodeError:
-            raise ValueError("a stop string holds a lone surrogate, which is not text") from None
+        size = len(_as_text(stop).encode("utf-8"))
         if not 1 <= size <= _LONGEST_STOP:
             raise ValueError(f"a stop string must have 1 to {_LONGEST_STOP} bytes, not {size}")
     return tuple(stops)
@@ -107,7 +121,7 @@ class CompletionRequest(BaseModel):
     model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
 
     model: str | None = None
-    prompt: str
+    prompt: Annotated[str, AfterValidator(_as_text)]
     max_tokens: int = Field(default=16, ge=1, le=1 << 31)
     temperature: float = Field(default=1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
