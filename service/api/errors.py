@@ -50,9 +50,7 @@ _TYPES = {
 def error_body(
     status: int, message: str, param: str | None = None, code: str | None = None
 ) -> dict[str, dict[str, str | None]]:
-    """``{"error": {"message", "type", "param", "code"}}``; what cannot be encoded (lone surrogates) becomes "?"."""
-    message = message.encode("utf-8", "replace").decode("utf-8")
-    param = param and param.encode("utf-8", "replace").decode("utf-8")
+    """``{"error": {"message", "type", "param", "code"}}``."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 

@@ -156,9 +156,10 @@ class CompletionRequest(BaseModel):
         """Drop nulls (OpenAI's clients send them for "not set"), and refuse a budget that would be ignored."""
         if not isinstance(data, dict):
             return data
-        for name in data:
-            if "budget" in name.lower() and name != "compute_budget":
-                raise _refusal(name, f"{name:.40} is not a field; the budget goes into compute_budget")
+        for field in data:
+            if "budget" in field.lower() and field != "compute_budget":
+                name = field[:40].encode("utf-8", "replace").decode("utf-8")
+                raise _refusal(name, f"{name} is not a field; the budget goes into compute_budget")
         return {name: value for name, value in data.items() if value is not None}
 
     @model_validator(mode="after")
