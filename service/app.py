@@ -31,7 +31,9 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 def create_app(settings: Settings, model: AdaptiveAttentionSystem) -> FastAPI:
     """An app that serves ``model``; its engine runs between the app's startup and shutdown."""
     metrics = Metrics(model.config.name)
-    engine = Engine(ModelRunner(model), Scheduler(settings.max_running), metrics, time.monotonic)
+    runner = ModelRunner(model)
+    runner.warm_up()
+    engine = Engine(runner, Scheduler(settings.max_running), metrics, time.monotonic)
     thread = EngineThread(engine, settings.max_running + settings.max_waiting)
 
     @asynccontextmanager

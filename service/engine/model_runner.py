@@ -34,6 +34,14 @@ class ModelRunner:
         return self.pool.nbytes
 
     @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Run both paths once, so that compiling and first allocations do not fall on the first request."""
+        state = self._model.allocate_state(1)
+        tokens = torch.zeros(1, self._model.config.block_size, dtype=torch.int64, device=self._model.device)
+        self._model.prefill(tokens, state, 0.5)
+        self._model.step(tokens[:, 0], state, torch.tensor([0.5], dtype=torch.float64, device=self._model.device))
+
+    @torch.inference_mode()
     def prefill(self, sequence: Sequence) -> Outcome:
         """Read the next block of a prompt; after the last one, choose the first token."""
         assert sequence.slot is not None, "a running sequence has a slot"
