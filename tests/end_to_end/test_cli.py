@@ -50,9 +50,7 @@ def test_evaluate_reports_budgets_in_the_order_asked(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     documents = tmp_path / "documents.txt"
-    documents.write_bytes(
-        "first document, long enough to be worth it. ".encode() * 60 + b"\0" + "zweites: äöü".encode()
-    )
+    documents.write_bytes(b"first document, long enough to be worth it. " * 60 + b"\0" + "zweites: äöü".encode())
     arguments = ["evaluate", "--documents", str(documents), "--checkpoint", checkpoint, "--budgets", "0.7,floor,1"]
     assert main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -10,9 +10,11 @@ from tests.service.servers import serving, tiny_model
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[openai.OpenAI]:
-    with serving(tiny_model(), max_tokens=50) as running:
-        with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
-            yield client
+    with (
+        serving(tiny_model(), max_tokens=50) as running,
+        openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client
 
 
 def test_a_completion_with_a_budget(client: openai.OpenAI) -> None:
