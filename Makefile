@@ -1,0 +1,43 @@
+# Everything below needs Python 3.11 or newer and nothing else: make PYTHON=python3.12 serve
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+
+.PHONY: serve test check format bench clean
+
+serve: $(VENV)/.serve  ## Set up if needed, and serve the embedded checkpoint on 127.0.0.1:8000.
+	$(BIN)/rheostat serve $(OPTIONS)
+
+test: check  ## Set up if needed, and run every check and test.
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage report --skip-covered --skip-empty --show-missing=false
+
+check: $(VENV)/.develop  ## Format, lint, import rule, strict types.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
+
+format: $(VENV)/.develop  ## Format the code, and mend what the linter can.
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.develop  ## Compute, prefill time and decode time per budget, as JSON.
+	$(BIN)/python -m benchmarks.budget_latency --json
+
+clean:  ## Remove the environment and caches.
+	rm -rf $(VENV) build *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Rheostat needs Python 3.11 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps make a second run start at once; a change of the requirements installs again.
+$(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.develop: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable .[dev]
+	touch $@ $(VENV)/.serve
