@@ -22,7 +22,7 @@ from model.config import ModelConfig
 from model.cost import CostModel
 from model.layers.mamba2 import AdaptiveMambaBlock
 from model.layers.norm import RMSNorm
-from model.ops.linear import linear_rows
+from model.ops.rows import linear_rows
 from model.ops.ssd import ScanTrace
 from model.ops.tiling import Bytes
 from model.state import BlockState, ModelState, RouterState
@@ -157,7 +157,8 @@ class AdaptiveAttentionSystem(nn.Module):
             router.held = updates[torch.arange(len(count), device=count.device), count]
             spread = self.router.fade(updates.gather(1, slot), position - last)
             router.fires = router.fires + count
-        router.last_fire, router.positions = last[:, -1], position[:, -1]
+        # Copies: the two are advanced in place, and are the same tensor where every position fires.
+        router.last_fire, router.positions = last[:, -1].clone(), position[:, -1].clone()
         output, state.decoder, _ = _run(self.decoder, hidden + spread, state.decoder)
         return output
 

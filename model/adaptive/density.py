@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.ops.rows import softplus_rows
 from model.ops.ssd import ScanTrace, into_chunks, segment_decay, ssd_scan
 from model.state import DensityState
 
@@ -54,7 +55,7 @@ class InformationDensityAnalyzer(nn.Module):
     def combine(self, features: Tensor) -> Tensor:
         """Density [...] in bits, above 0, from raw features [..., 4]. Differentiable in the weights."""
         standard = (features - self.mean) / self.std
-        return F.softplus((standard * F.softplus(self.raw_weight)).sum(-1) + self.bias) + 1e-6
+        return softplus_rows((standard * F.softplus(self.raw_weight)).sum(-1) + self.bias) + 1e-6
 
     @torch.no_grad()
     def update_statistics(self, features: Tensor, momentum: float) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.layers.norm import RMSNorm
-from model.ops.linear import linear_rows
+from model.ops.rows import linear_rows, softplus_rows
 from model.ops.ssd import ScanTrace, ssd_scan, ssd_step
 from model.state import BlockState, zero_block_state
 
@@ -102,7 +102,7 @@ class VariableStateSpaceModel(nn.Module):
 
     def _dt(self, raw: Tensor, stretch: Tensor | None) -> Tensor:
         """Step sizes [..., H] in fp32; ``stretch`` [...] is the number of bytes that each step stands for."""
-        dt = F.softplus(raw.float() + self.dt_bias)
+        dt = softplus_rows(raw.float() + self.dt_bias)
         if stretch is not None:
             dt = dt * torch.exp(self.tile_exponent * stretch.log().unsqueeze(-1))
         return dt

@@ -1,7 +1,8 @@
-"""Matrix products whose rows do not depend on how many rows there are."""
+"""Operations on a decoding batch whose rows do not depend, to the last bit, on how many rows there are."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,3 +20,12 @@ def linear_rows(x: Tensor, weight: Tensor) -> Tensor:
     if missing == 0 or x.is_cuda:
         return F.linear(x, weight)
     return F.linear(F.pad(x, (0, 0, 0, missing)), weight)[: x.shape[0]]
+
+
+def softplus_rows(x: Tensor) -> Tensor:
+    """Softplus, the same bits for a value wherever it stands in a tensor.
+
+    torch computes the last few elements of a tensor, those that fill no vector register, by another routine, and for
+    ``F.softplus`` (and ``logaddexp``) that one rounds otherwise; for ``exp`` and ``log1p`` the two agree.
+    """
+    return torch.log1p(torch.exp(-x.abs())) + x.clamp_min(0.0)

@@ -1,0 +1,63 @@
+"""Small models with weights at which nothing is at rest."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from model.adaptive.tiling import RATES
+from model.config import ModelConfig
+from model.lm import AdaptiveAttentionSystem
+
+SMALL = ModelConfig(
+    name="small",
+    d_model=32,
+    d_trunk=48,
+    trunk_layers=2,
+    headdim=16,
+    d_state=16,
+    d_state_levels=(4, 8, 16),
+    chunk_size=16,
+    block_size=64,
+    density_window=8,
+)
+
+
+def random_model(config: ModelConfig = SMALL, seed: int = 0) -> AdaptiveAttentionSystem:
+    """A model whose zero and one initialised parameters are moved as well, with thresholds that suit its densities."""
+    torch.manual_seed(seed)
+    model = AdaptiveAttentionSystem(config)
+    with torch.no_grad():
+        model.embedding.weight.mul_(25)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("in_proj.weight", "out_proj.weight")):
+                parameter.mul_(3)
+            elif name.endswith(("tile_exponent", "level_scale", "conv_bias", "D", "dt_bias")) or "fold" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        density = model.analyse(random_tokens(1, 2048, seed))
+        levels = torch.tensor([1.0 - rate for rate in RATES[:-1]]) * 0.98
+        thresholds = density.flatten().double().quantile(levels.double()).log()
+        model.tiles.log_thresholds[:-1] = thresholds
+        model.tiles.log_thresholds[-1] = thresholds[-1] - 9.0
+        model.tiles.log_prices.copy_(model.tiles.log_thresholds)
+        model.tiles.log_tau.fill_(math.log(1.5))
+    return model.eval().requires_grad_(False)
+
+
+def random_tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Bytes [batch, length] with some structure: runs of letters between random bytes."""
+    generator = torch.Generator().manual_seed(seed + 1000)
+    noise = torch.randint(0, 256, (batch, length), generator=generator)
+    letters = torch.randint(97, 101, (batch, length), generator=generator)
+    runs = torch.rand(batch, length, generator=generator).cumsum(1).long() % 7 < 5
+    return torch.where(runs, letters, noise)
+
+
+def step_through(
+    model: AdaptiveAttentionSystem, tokens: torch.Tensor, rates: torch.Tensor, d_state: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [B, L, V] and fires [B, L] of reading tokens [B, L] one by one."""
+    state = model.allocate_state(len(tokens), d_state=d_state)
+    outputs = [model.step(column, state, rates) for column in tokens.unbind(1)]
+    return torch.stack([o.logits for o in outputs], 1), torch.stack([o.fired for o in outputs], 1)

@@ -1,0 +1,34 @@
+"""A sequence gets bitwise the same logits and fires whoever runs beside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model.checkpoint import EMBEDDED_CHECKPOINT, load_checkpoint
+from model.lm import AdaptiveAttentionSystem
+from tests.model.shapes import random_model, random_tokens, step_through
+
+RATES = torch.tensor([1.0, 0.0, 0.5, 0.1, 0.9, 0.02, 0.3, 1.0, 0.05], dtype=torch.float64)
+
+
+@pytest.fixture(params=["random", "embedded"])
+def model(request: pytest.FixtureRequest) -> AdaptiveAttentionSystem:
+    return random_model() if request.param == "random" else load_checkpoint(EMBEDDED_CHECKPOINT)
+
+
+def test_mates_of_other_budgets_change_nothing(model: AdaptiveAttentionSystem) -> None:
+    tokens = random_tokens(len(RATES), 60)
+    logits, fires = step_through(model, tokens, RATES)
+    for row in range(len(RATES)):
+        alone, fired = step_through(model, tokens[row : row + 1], RATES[row : row + 1])
+        assert torch.equal(alone[0], logits[row]), f"row {row} at rate {RATES[row]}"
+        assert torch.equal(fired[0], fires[row])
+
+
+def test_the_order_of_the_batch_changes_nothing(model: AdaptiveAttentionSystem) -> None:
+    tokens, order = random_tokens(len(RATES), 40), torch.randperm(len(RATES))
+    logits, fires = step_through(model, tokens, RATES)
+    shuffled, fired = step_through(model, tokens[order], RATES[order])
+    assert torch.equal(shuffled, logits[order])
+    assert torch.equal(fired, fires[order])
