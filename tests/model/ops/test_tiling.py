@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.ops.tiling import fire_evenly, fire_online, pacing_error, plan_block, staleness_table, tiling_loss
+
+
+def brute_force(density: np.ndarray, table: np.ndarray, price: float, carry: int, sizes: tuple[int, int]) -> float:
+    """The least cost over every allowed set of fires."""
+    least, most = sizes
+    best = math.inf
+    for fires in itertools.product((0, 1), repeat=len(density)):
+        size, allowed, first = carry, True, True
+        for fire in fires:
+            size += 1
+            # A tile that the carry already made too long must end at its next byte.
+            limit = max(most, carry + 1) if first else most
+            allowed &= (size >= least if fire else size < limit) if size <= limit else False
+            if fire:
+                size, first = 0, False
+        if allowed:
+            array = np.array(fires, np.uint8)
+            best = min(best, float(tiling_loss(array, density, table, carry)) + price * sum(fires))
+    return best
+
+
+@given(
+    st.lists(st.floats(0, 8), min_size=1, max_size=9),
+    st.floats(0.01, 6),
+    st.integers(0, 5),
+    st.integers(1, 3),
+    st.integers(0, 6),
+    st.floats(0.3, 9),
+)
+def test_the_plan_is_as_cheap_as_the_best_of_all(
+    values: list[float], price: float, carry: int, least: int, more: int, tau: float
+) -> None:
+    density, table, sizes = np.array(values), staleness_table(tau, 64), (least, least + more)
+    expected = brute_force(density, table, price, carry, sizes)
+    fires, tiles, cost = plan_block(density, table, price, carry, *sizes)
+    if math.isinf(expected):
+        return  # no tiling fits, as when the text ends before the first tile may
+    assert cost == pytest.approx(expected, abs=1e-9)
+    assert tiles == fires.sum()
+    assert float(tiling_loss(fires, density, table, carry)) + price * tiles == pytest.approx(cost, abs=1e-9)
+
+
+def test_a_higher_price_never_buys_more_tiles() -> None:
+    density, table = np.random.default_rng(0).exponential(size=300), staleness_table(2.0, 400)
+    counts = [plan_block(density, table, price, 0, 1, 64)[1] for price in np.geomspace(0.01, 20, 30)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > 200
+    assert counts[-1] == 300 // 64
+
+
+TEXTS = {
+    "constant": np.full(4000, 0.5),
+    "random": np.random.default_rng(1).exponential(size=4000),
+    "spiky": np.where(np.arange(4000) % 37 == 0, 6.0, 0.01),
+    "changing": np.concatenate([np.full(2000, 0.01), np.full(2000, 4.0)]),
+}
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("log_threshold", [-6.0, 0.0, 3.0])
+def test_online_firing_stays_near_its_quota_even_with_a_wrong_threshold(
+    text: str, rate: float, log_threshold: float
+) -> None:
+    fires = fire_online(TEXTS[text], staleness_table(2.0, 64), rate, log_threshold, 0, 0, 0.0, 0, 1, 64)
+    position = np.arange(1, 4001)
+    error = [pacing_error(*each) for each in zip(np.cumsum(fires), rate * position, position, strict=True)]
+    assert max(map(abs, error)) < 2.0
+
+
+def test_online_firing_prefers_dense_bytes() -> None:
+    fires = fire_online(TEXTS["spiky"], staleness_table(2.0, 64), 1 / 37, 0.0, 0, 0, 0.0, 0, 1, 64)
+    assert fires[TEXTS["spiky"] > 1].mean() > 0.9
+    assert fires[TEXTS["spiky"] < 1].mean() < 0.01
+
+
+def test_rates_of_zero_and_one_leave_no_choice() -> None:
+    table = staleness_table(2.0, 64)
+    for rate in (0.0, 1.0):
+        assert (fire_online(TEXTS["random"], table, rate, 0.0, 0, 0, 0.0, 0, 1, 64) == rate).all()
+
+
+@given(st.floats(0.01, 1.0), st.integers(1, 500))
+def test_even_firing_meets_its_count(rate: float, length: int) -> None:
+    assert fire_evenly(rate, 0, 0.0, length).sum() == math.floor(rate * length + 1e-6)
