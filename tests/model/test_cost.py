@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.config import ModelConfig
+from model.cost import CostModel, Flops
+from tests.model.shapes import SMALL, random_model, random_tokens
+
+COST = CostModel(ModelConfig())
+
+
+def matrix_products(config: ModelConfig, width: int) -> int:
+    """Operations of one block's two projections at one position."""
+    inner = config.inner(width)
+    return 2 * width * (2 * inner + 2 * config.d_state + config.heads(width)) + 2 * inner * width
+
+
+def recurrence(config: ModelConfig, width: int) -> int:
+    """What the cost model books for one block's convolution and state at one position."""
+    inner = config.inner(width)
+    return 2 * config.d_conv * (inner + 2 * config.d_state) + 5 * inner * config.d_state
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.0])
+def test_matrix_products_of_a_step_are_counted_as_torch_counts_them(rate: float) -> None:
+    """A step multiplies matrices in its projections and its head only, four rows at a time."""
+    model, config, rows = random_model(), SMALL, 4
+    state = model.allocate_state(rows)
+    with FlopCounterMode(display=False) as counter:
+        model.step(random_tokens(rows, 1)[:, 0], state, torch.full((rows,), rate, dtype=torch.float64))
+    fires = int(rate)
+    booked = model.cost.flops(1, fires, 1, 0).total
+    outer = config.encoder_layers + config.decoder_layers
+    booked -= outer * recurrence(config, config.d_model) + fires * config.trunk_layers * recurrence(
+        config, config.d_trunk
+    )
+    assert counter.get_total_flops() == rows * booked
+
+
+def test_a_block_is_its_projections_and_its_recurrence() -> None:
+    unit = CostModel(SMALL).unit
+    assert unit.encoder == matrix_products(SMALL, 32) + recurrence(SMALL, 32)
+    assert unit.trunk == 2 * (matrix_products(SMALL, 48) + recurrence(SMALL, 48)) + 2 * 2 * 32 * 48
+
+
+def test_operations_add_up() -> None:
+    whole = COST.flops(10, 4, 2, 10)
+    parts = COST.flops(7, 3, 1, 7) + COST.flops(3, 1, 1, 3)
+    assert parts == whole
+    assert whole.total == sum(whole.as_dict().values())
+    assert Flops().total == 0
+    assert COST.full_flops(10, 2) == COST.flops(10, 10, 2, 0).total
+
+
+@pytest.mark.parametrize("budget", [0.29, 0.3, 0.5, 0.9, 1.0])
+def test_a_rate_spends_its_budget_exactly(budget: float) -> None:
+    rates = COST.rates(budget)
+    assert COST.budget(rates.prefill, logits=0) == pytest.approx(budget, abs=1e-12)
+    assert COST.budget(rates.decode, logits=1) == pytest.approx(budget, abs=1e-12)
+
+
+def test_full_budget_fires_always_and_too_small_a_budget_never() -> None:
+    assert (COST.rates(1.0).prefill, COST.rates(1.0).decode) == (1.0, 1.0)
+    assert 0 < COST.floor < COST.least_adaptive < 0.3
+    assert (COST.rates(COST.least_adaptive - 1e-9).prefill, COST.rates(0.01).decode) == (0.0, 0.0)
+    assert COST.rates(COST.least_adaptive).decode == pytest.approx(1 / 64)
+
+
+@pytest.mark.parametrize("budget", [0.97, 0.98, 0.999, 0.9999])
+def test_a_budget_just_under_full_never_asks_for_more_than_every_byte(budget: float) -> None:
+    assert 0.0 < COST.rates(budget).prefill <= 1.0
+    assert 0.0 < COST.rates(budget).decode <= 1.0
+    assert COST.budget(COST.rates(budget).decode, logits=1) <= budget + 1e-12

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from model.adaptive.tiling import RATES, Pace
+from model.training.calibration import calibrate
+from model.training.config import TrainingConfig
+from model.training.firing import Reduced, choose_fires, sample_reduced
+from model.training.loss import compute_loss
+from model.training.muon import orthogonalise
+from tests.model.shapes import SMALL, random_model, random_tokens
+
+REDUCED = Reduced(rate=0.3, uniform=False, d_state=None, momentum=0.1)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (32, 5), (5, 32)])
+def test_muon_brings_singular_values_near_one(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(shape), iterations=10))
+    assert values.min() > 0.5
+    assert values.max() < 1.5
+
+
+def test_the_loss_reaches_every_part_of_the_model() -> None:
+    model = random_model().requires_grad_(True).train()
+    loss = compute_loss(model, random_tokens(2, 97), REDUCED, TrainingConfig())
+    loss.total.backward()
+    assert set(loss.bits) == {"full", "exit", "reduced"}
+    unused = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    # Used only when the state is resized, which this step does not do.
+    assert all("fold" in name or "level_scale" in name for name in unused)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_a_reduced_pass_that_fires_everywhere_costs_what_full_resolution_does() -> None:
+    model = random_model()
+    loss = compute_loss(model, random_tokens(1, 97), Reduced(1.0, False, None, 0.1), TrainingConfig())
+    assert loss.bits["reduced"] == pytest.approx(loss.bits["full"], abs=1e-4)
+
+
+def test_full_resolution_alone_is_the_plain_cross_entropy() -> None:
+    model, tokens = random_model(), random_tokens(2, 50)
+    loss = compute_loss(model, tokens, None, TrainingConfig())
+    expected = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(loss.total, expected)
+
+
+def test_fires_meet_the_rate_and_follow_the_text_unless_uniform() -> None:
+    tiles = random_model().tiles
+    density = torch.from_numpy(np.random.default_rng(0).exponential(size=(2, 1000)))
+    fires = choose_fires(tiles, density, REDUCED)
+    assert fires.float().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert density[fires].mean() > 1.5 * density[~fires].mean()
+    even = choose_fires(tiles, density, Reduced(0.25, True, None, 0.1))
+    assert torch.equal(even, (torch.arange(1, 1001) % 4 == 0).expand(2, -1))
+    assert not choose_fires(tiles, density, Reduced(0.0, False, None, 0.1)).any()
+
+
+def test_resolutions_are_drawn_as_configured() -> None:
+    config = TrainingConfig()
+    drawn = [sample_reduced(config, SMALL, step) for step in range(2000)]
+    assert drawn[:20] == [sample_reduced(config, SMALL, step) for step in range(20)]
+    assert np.mean([one.rate == 0 for one in drawn]) == pytest.approx(config.floor_share, abs=0.04)
+    assert np.mean([one.d_state is not None for one in drawn]) == pytest.approx(config.level_share, abs=0.04)
+    rates = [one.rate for one in drawn if one.rate]
+    assert config.lowest_rate <= min(rates) < max(rates) <= config.highest_rate
+
+
+def test_calibrated_thresholds_meet_their_rates_without_the_controller() -> None:
+    model, tokens = random_model(), random_tokens(4, 512, seed=5)
+    calibrate(model, tokens)
+    for table in (model.tiles.log_thresholds, model.tiles.log_prices):
+        assert (table.diff() <= 0).all()
+    densities = model.analyse(tokens).double().numpy()
+    for rate in RATES[4:-1:3]:
+        fires = [model.tiles.online(np.ascontiguousarray(row), rate, Pace(0, 0, 0, 0.0)).mean() for row in densities]
+        assert np.mean(fires) == pytest.approx(rate, rel=0.15)

@@ -1,0 +1,107 @@
+"""Whole runs on a tiny corpus."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.checkpoint import load_checkpoint
+from model.config import ModelConfig
+from model.training.config import TrainingConfig
+from model.training.data import Corpus, CorpusError
+from model.training.loop import Run, TrainingError, train
+from tests.model.shapes import SMALL
+
+SHAPE = ModelConfig(**{**SMALL.model_dump(), "name": "run"})
+CONFIG = TrainingConfig(
+    steps=6, sequences=2, length=128, warmup=2, validate_every=3, validation_sequences=2, save_every=3, floor_share=0.3
+)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for split in ("train", "valid"):
+        text = "\0".join(f"document {n}: " + "the quick brown fox jumps. " * 12 for n in range(20)) + "\0"
+        (folder / f"prose.{split}.txt").write_text(text)
+        (folder / f"code.{split}.txt").write_text(text.replace("fox", "def"))
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(folder).state_dict()
+
+
+def test_a_stopped_and_resumed_run_ends_where_an_uninterrupted_one_does(corpus: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(Run(corpus, whole), SHAPE, CONFIG)
+    stopped = train(Run(corpus, parts, minutes=0.0), SHAPE, CONFIG)  # stops after one step
+    assert not torch.equal(stopped.embedding.weight, weights(whole)["embedding.weight"])
+    train(Run(corpus, parts, resume=True), SHAPE, CONFIG)
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(parts)[name], value, atol=1e-6, rtol=1e-5, msg=name)
+    log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == [3, 6]
+    assert all(record["validation_full"] > 0 for record in log)
+
+
+def test_the_loss_falls_on_text_that_repeats(corpus: Path, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"steps": 40, "learning_rate": 1e-2, "validate_every": 20})
+    train(Run(corpus, tmp_path / "out"), SHAPE, config)
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["validation_full"] < 5.0 < 8.0
+    assert log[-1]["validation_full"] < log[0]["validation_full"]
+
+
+def test_a_run_is_not_overwritten_nor_continued_with_other_settings(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(TrainingError, match="holds no run to resume"):
+        train(Run(corpus, out, resume=True), SHAPE, CONFIG)
+    train(Run(corpus, out, minutes=0.0), SHAPE, CONFIG)
+    with pytest.raises(TrainingError, match="already holds a run"):
+        train(Run(corpus, out), SHAPE, CONFIG)
+    with pytest.raises(TrainingError, match="has other settings"):
+        train(Run(corpus, out, resume=True), SHAPE, CONFIG.model_copy(update={"seed": 9}))
+
+
+def test_a_plain_run_and_one_from_a_checkpoint(corpus: Path, tmp_path: Path) -> None:
+    plain = CONFIG.model_copy(update={"plain": True, "steps": 2})
+    train(Run(corpus, tmp_path / "plain"), SHAPE, plain)
+    before = weights(tmp_path / "plain")
+    still = CONFIG.model_copy(update={"steps": 1, "learning_rate": 1e-9, "weight_decay": 0.0})
+    train(Run(corpus, tmp_path / "more", initial=tmp_path / "plain"), SHAPE, still)
+    torch.testing.assert_close(weights(tmp_path / "more")["embedding.weight"], before["embedding.weight"])
+
+
+def test_the_same_seed_reads_the_same_bytes_and_sequences_begin_at_a_separator(corpus: Path) -> None:
+    text = Corpus.open(corpus, "train", {"code": 0.5, "prose": 0.5})
+    assert torch.equal(text.batch(1, 2, 8, 64), text.batch(1, 2, 8, 64))
+    assert not torch.equal(text.batch(1, 2, 8, 64), text.batch(1, 3, 8, 64))
+    first = text.batch(0, 0, 64, 64)[:, 0]
+    assert 16 < (first == 256).sum() < 48
+    assert text.batch(0, 0, 1, 100_000).max() == 256
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"code": 1.0}, "weights name"),
+        ({"code": -1.0, "prose": 2.0}, "not negative"),
+        ({"code": 0.0, "prose": 0.0}, "zero"),
+    ],
+)
+def test_bad_weights_are_refused(corpus: Path, weights: dict[str, float], message: str) -> None:
+    with pytest.raises(CorpusError, match=message):
+        Corpus.open(corpus, "train", weights)
+
+
+def test_missing_and_empty_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="holds no <domain>"):
+        Corpus.open(tmp_path, "train")
+    (tmp_path / "prose.train.txt").write_bytes(b"\0\0")
+    with pytest.raises(CorpusError, match="holds no documents"):
+        Corpus.open(tmp_path, "train")
