@@ -64,7 +64,7 @@ def test_missing_or_damaged_weights_are_named(folder: Path, content: bytes | Non
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no checkpoint at .*nowhere"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*nowhere"):
         load_checkpoint(tmp_path / "nowhere")
 
 
