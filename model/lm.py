@@ -249,15 +249,18 @@ class AdaptiveAttentionSystem(nn.Module):
         if not len(index):
             return fired
         exit_logits = linear_rows(self.exit_norm(hidden[index]), self.embedding.weight)
+        if not hidden.is_cuda:
+            density = self.density.step_rows(exit_logits, trace, state.density, index)
+            fired[index] = self.tiles.fire_rows(density, rates, state.router, index)
+            return fired
         part = ScanTrace(
             trace.x[index], trace.dt[index], trace.A, trace.B[index], trace.C[index], trace.before[index],
             trace.after[index],
         )  # fmt: skip
         features, after = self.density.step(exit_logits, part, state.density.gather(index))
         state.density.scatter_(index, after)
-        rate = rates[index]
         fired[index] = fire_step(
-            self.density.combine(features), rate, self.tiles.log_threshold(rate), self.tiles.tau,
+            self.density.combine(features), rates[index], self.tiles.log_threshold(rates[index]), self.tiles.tau,
             state.router.gather(index), (self.config.min_tile_size, self.config.max_tile_size),
         )  # fmt: skip
         return fired

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.ops.rows import softplus_rows
 from model.ops.ssd import ScanTrace, into_chunks, segment_decay, ssd_scan
+from model.ops.stepping import features_rows
 from model.state import DensityState
 
 FEATURES = ("state_gradient", "attention_entropy", "temporal_distance", "predictive_entropy")
@@ -94,6 +95,19 @@ class InformationDensityAnalyzer(nn.Module):
         entropy, distance = self._summarise(scores, past, after.seen)
         features = [change.norm(dim=-1).log1p(), entropy, distance, predictive_entropy(exit_logits)]
         return torch.stack(features, dim=-1), after
+
+    def step_rows(self, exit_logits: Tensor, trace: ScanTrace, state: DensityState, rows: Tensor) -> Tensor:
+        """Density [n] (float64) of one position for the rows ``rows`` [n] of a batch on a CPU; the compiled fast path.
+
+        Args:
+            exit_logits: [n, V], of those rows. trace: of the whole batch. state: of the whole batch, its ``rows``
+                advanced in place.
+        """
+        flat = (trace.before[:, 0].flatten(1), trace.after.flatten(1))
+        inputs = (rows, exit_logits, trace.C[:, 0], trace.B[:, 0], trace.dt[:, 0], trace.A, *flat, *state.tensors())
+        # Contiguous: a new memory layout would be a new compilation, in the middle of serving.
+        features = torch.from_numpy(features_rows(*(value.contiguous().numpy() for value in inputs)))
+        return self.combine(features)
 
     def _step_window(
         self, trace: ScanTrace, state: DensityState

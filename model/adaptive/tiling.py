@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.ops.stepping import fire_rows
 from model.ops.tiling import Bytes, Floats, fire_evenly, fire_online, plan_block, staleness_table, tiling_loss
+from model.state import RouterState
 
 Plan = tuple[float, Bytes, int]
 """Logarithm of the price, fires, number of tiles."""
@@ -112,6 +114,20 @@ class TileManager(nn.Module):
         low = grid.floor().long().clamp_max(len(RATES) - 2)
         part = grid - low
         return torch.lerp(self.log_thresholds[low], self.log_thresholds[low + 1], part)
+
+    def fire_rows(self, density: Tensor, rates: Tensor, router: RouterState, rows: Tensor) -> Tensor:
+        """Which of the rows ``rows`` [n] of a batch on a CPU fire now [n]; the compiled twin of ``fire_step``.
+
+        Args:
+            density: [n] float64 bits. rates: [B] float64. router: of the whole batch, not changed.
+        """
+        table = staleness_table(self.tau, self.max_tile_size)
+        counts = (router.last_fire.numpy(), router.fires.numpy(), router.quota.numpy(), router.positions.numpy())
+        fired = fire_rows(
+            rows.numpy(), density.numpy(), rates.numpy(), self.log_thresholds.numpy(), RATES[0], table, *counts,
+            self.min_tile_size, self.max_tile_size,
+        )  # fmt: skip
+        return torch.from_numpy(fired)
 
     def online(self, density: Floats, rate: float, pace: Pace, log_threshold: float | None = None) -> Bytes:
         """Fires [L] of the causal rule from ``pace`` on; the calibrated threshold unless one is given."""

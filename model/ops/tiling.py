@@ -94,6 +94,35 @@ def pacing_error(fires: float, quota: float, position: float) -> float:  # pragm
 
 
 @njit(cache=True)
+def fires_now(
+    density: float,
+    staleness: Floats,
+    log_threshold: float,
+    last_fire: int,
+    fires: float,
+    quota: float,
+    position: int,
+    min_size: int,
+    max_size: int,
+) -> bool:  # pragma: no cover - compiled
+    """The causal firing rule at one byte, of a rate between 0 and 1.
+
+    Fires where ``density * staleness(age) >= exp(log_threshold + e + 4 e^3)``, e the pacing error, or where the tile is
+    full and the quota is not exceeded.
+
+    Args:
+        density: bits. staleness: table by age, its last entry serves all greater ages.
+        log_threshold: calibrated for the rate. last_fire, fires: before the byte. quota, position: the byte included.
+    """
+    age = position - last_fire if last_fire > 0 else max_size
+    if age < min_size:
+        return False
+    error = pacing_error(fires, quota, position)
+    threshold = math.exp(min(log_threshold + error + 4.0 * error**3, 700.0))
+    return bool(density * staleness[min(age, staleness.shape[0] - 1)] >= threshold or (age >= max_size and error < 1.0))
+
+
+@njit(cache=True)
 def fire_online(
     density: Floats,
     staleness: Floats,
@@ -106,14 +135,11 @@ def fire_online(
     min_size: int,
     max_size: int,
 ) -> Bytes:  # pragma: no cover - compiled
-    """The causal firing rule over consecutive bytes: fire where the density that staleness puts at risk is high.
-
-    Fires at t when ``density * staleness(age) >= exp(log_threshold + e + 4 e^3)``, e the pacing error, or when the
-    tile is full and the quota is not exceeded. Rate 0 never fires, rate 1 always.
+    """The causal firing rule, :func:`fires_now`, over consecutive bytes. Rate 0 never fires, rate 1 always.
 
     Args:
         density: [L] bits. staleness: table by age, its last entry serves all greater ages.
-        rate: allowed fires per byte. log_threshold: of the calibrated threshold at that rate.
+        rate: allowed fires per byte. log_threshold: calibrated for that rate.
         last_fire, fires_before, quota, position: the router's state before the first byte.
 
     Returns:
@@ -124,20 +150,15 @@ def fire_online(
     if rate <= 0.0:
         return out
     fires = float(fires_before)
-    oldest = staleness.shape[0] - 1
     for t in range(length):
-        here = position + t
+        here = position + t + 1
         quota += rate
-        age = here + 1 - last_fire if last_fire > 0 else max_size
-        error = pacing_error(fires, quota, here + 1)
-        threshold = math.exp(min(log_threshold + error + 4.0 * error**3, 700.0))
-        fire = age >= min_size and (
-            density[t] * staleness[min(age, oldest)] >= threshold or (age >= max_size and error < 1.0)
-        )
-        if fire or rate >= 1.0:
+        if rate >= 1.0 or fires_now(
+            density[t], staleness, log_threshold, last_fire, fires, quota, here, min_size, max_size
+        ):
             out[t] = 1
             fires += 1.0
-            last_fire = here + 1
+            last_fire = here
     return out
 
 
