@@ -202,14 +202,15 @@ def state_gradient(trace: ScanTrace, chunk_size: int) -> Tensor:
     dt = into_chunks(trace.dt, chunk_size).transpose(2, 3)  # [B, c, H, Q]
     log_decay = dt * trace.A[:, None]
     grams = (B @ B.transpose(-1, -2)).unsqueeze(2) * (x @ x.transpose(-1, -2))  # [B, c, H, Q, Q]
-    cross = (grams * segment_decay(log_decay, strict=True)) @ dt.unsqueeze(-1)
+    decay = segment_decay(log_decay, strict=True)  # [B, c, H, Q, Q]
+    cross = (grams * decay) @ dt.unsqueeze(-1)
     start = log_decay.cumsum(-1) - log_decay  # from the chunk's start to before each position
     read = (trace.before @ B.transpose(-1, -2).unsqueeze(2)).transpose(-1, -2)  # [B, c, H, Q, P]
     cross_term = cross.squeeze(-1) + (read * x).sum(-1) * start.exp()  # x^T h_{t-1} B
     added = dt.square() * torch.diagonal(grams, dim1=-2, dim2=-1)
     gain = log_decay.exp()
     change = 2.0 * gain * dt * cross_term + added  # ||h_t||^2 = gain^2 ||h_{t-1}||^2 + change
-    norm = (segment_decay(2.0 * log_decay, strict=True) @ change.unsqueeze(-1)).squeeze(-1)
+    norm = (decay.square() @ change.unsqueeze(-1)).squeeze(-1)
     norm = norm + trace.before.square().sum((-1, -2)).unsqueeze(-1) * (2.0 * start).exp()
     shrink = torch.expm1(log_decay)  # a - 1
     square = shrink.square() * norm + 2.0 * shrink * dt * cross_term + added
