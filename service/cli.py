@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,22 @@ from service.settings import Settings
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status. Bad input ends with one line on standard error and status 2."""
+    try:
+        chosen = _parser().parse_args(arguments)
+        run: Callable[[argparse.Namespace], int] = chosen.run
+        return run(chosen)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        return _complain(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+    except (ValueError, FileNotFoundError) as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rheostat", description="Adaptive state-space language models.")
+    parser.add_argument("--version", action="version", version=f"rheostat {version('rheostat')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(
@@ -38,17 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     command("generate", "Generate text in the terminal.", add_generate_arguments, run_generate)
     command("train", "Train a model, or go on with a run.", add_train_arguments, run_train)
     command("evaluate", "Bits per byte and compute on documents, per budget.", add_evaluate_arguments, run_evaluate)
-    chosen = parser.parse_args(arguments)
-    run: Callable[[argparse.Namespace], int] = chosen.run
-    try:
-        return run(chosen)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        return _complain(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
-    except (ValueError, FileNotFoundError) as error:
-        return _complain(str(error))
-    except KeyboardInterrupt:
-        return 130
+    return parser
 
 
 def _complain(message: str) -> int:

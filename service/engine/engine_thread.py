@@ -6,7 +6,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Self
 
 from service.engine.engine import Engine, Output
@@ -93,17 +93,15 @@ class EngineThread:
 
     def _main(self) -> None:
         while not self._stop:
-            self._receive(block=self._engine.idle)
-            if self._stop or self._engine.idle:
-                continue
-            self._step_began = self._engine.clock()
             try:
-                outputs: list[Output] = self._engine.step()
+                self._receive(block=self._engine.idle)
+                if not (self._stop or self._engine.idle):
+                    self._step_began = self._engine.clock()
+                    self._publish(self._engine.step())
             except Exception:
-                logger.exception("an engine step failed outside the model; every open request ends")
-                outputs = self._engine.end_all(FinishReason.ERROR)
+                logger.exception("the engine failed outside the model; every open request ends")
+                self._publish(self._engine.end_all(FinishReason.ERROR))
             self._step_began = None
-            self._publish(outputs)
         self._publish(self._engine.end_all(FinishReason.ABORT))
 
     def _receive(self, *, block: bool) -> None:
@@ -119,7 +117,7 @@ class EngineThread:
     def _request_stop(self) -> None:
         self._stop = True
 
-    def _publish(self, outputs: list[Output] | list[Output | None]) -> None:
+    def _publish(self, outputs: Iterable[Output | None]) -> None:
         """Deliver outputs that say something."""
         for output in outputs:
             if output is None or not (output.text or output.finish):

@@ -66,3 +66,9 @@ def test_evaluate_refuses_a_bad_budget(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         main(["evaluate", "--documents", "x", "--budgets", "1,2"])
     assert "budget '2' must be a number in (0, 1] or 'floor'" in capsys.readouterr().err
+
+
+def test_a_bad_setting_is_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RHEOSTAT_MAX_RUNNING", "many")
+    assert main(["serve"]) == 2
+    assert "max_running: Input should be a valid integer" in capsys.readouterr().err

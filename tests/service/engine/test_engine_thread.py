@@ -126,3 +126,20 @@ def test_a_step_in_progress_shows_as_stalled(thread: EngineThread, runner: Gated
     while thread.stalled_for() != 0.0:
         time.sleep(0.001)
     assert thread.stalled_for() == 0.0
+
+
+def test_a_fault_outside_the_model_ends_open_requests_and_the_thread_lives(
+    thread: EngineThread, runner: GatedRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("planted")
+
+    runner.gate.set()
+    monkeypatch.setattr(Scheduler, "schedule", fail)
+    receiver = Receiver()
+    thread.submit(make_sequence(), receiver)
+    assert receiver.reason() is FinishReason.ERROR
+    monkeypatch.undo()
+    again = Receiver()
+    thread.submit(make_sequence(), again)
+    assert again.reason() is FinishReason.LENGTH
