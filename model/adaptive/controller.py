@@ -15,11 +15,11 @@ from model.state import RouterState
 def quota_error(fires: Tensor, quota: Tensor, positions: Tensor) -> Tensor:
     """Fires ahead (positive) or behind (negative) of the quota, in units of the tolerated gap.
 
-    The gap is 24 fires, or 1.2 % of the bytes read where that is more: enough room to save fires for a dense passage,
+    The gap is 6 fires, or 1.2 % of the bytes read where that is more: enough room to save fires for a dense passage,
     little enough to be within a few percent of the budget after 2,048 bytes. The plain twin is
     :func:`model.ops.tiling.pacing_error`.
     """
-    return (fires - quota) / (0.012 * positions).clamp_min(24.0)
+    return (fires - quota) / (0.012 * positions).clamp_min(6.0)
 
 
 def adapt_resolution(log_threshold: Tensor, error: Tensor) -> Tensor:

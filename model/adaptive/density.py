@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.ops.features import features_rows
 from model.ops.rows import softplus_rows
 from model.ops.ssd import ScanTrace, into_chunks, segment_decay, ssd_scan
-from model.ops.stepping import features_rows
 from model.state import DensityState
 
 FEATURES = ("state_gradient", "attention_entropy", "temporal_distance", "predictive_entropy")

@@ -17,8 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.ops.stepping import fire_rows
-from model.ops.tiling import Bytes, Floats, fire_evenly, fire_online, plan_block, staleness_table, tiling_loss
+from model.ops.tiling import (
+    Bytes,
+    Floats,
+    fire_evenly,
+    fire_online,
+    fire_rows,
+    plan_block,
+    staleness_table,
+    tiling_loss,
+)
 from model.state import RouterState
 
 Plan = tuple[float, Bytes, int]

@@ -1,7 +1,8 @@
 """Compiled loops over bytes: the tiling dynamic programme and the online firing rule.
 
 Both walk a sequence byte by byte with a tiny amount of work at each, which is what numba is for. They take numpy
-arrays and know nothing of torch.
+arrays and know nothing of torch. A function and the compiled functions that it calls stand in one file: numba's cache
+does not notice a change in another.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Bytes = NDArray[np.uint8]
+Integers = NDArray[np.int64]
+Booleans = NDArray[np.bool_]
 
 
 def staleness_table(tau: float, size: int) -> Floats:
@@ -90,7 +93,7 @@ def tiling_loss(fires: Bytes, density: Floats, staleness: Floats, carry: int) ->
 @njit(cache=True)
 def pacing_error(fires: float, quota: float, position: float) -> float:  # pragma: no cover - compiled
     """Fires ahead (positive) or behind (negative) of the quota, in units of the tolerated gap at ``position``."""
-    return (fires - quota) / max(24.0, 0.012 * position)
+    return (fires - quota) / max(6.0, 0.012 * position)
 
 
 @njit(cache=True)
@@ -160,6 +163,42 @@ def fire_online(
             fires += 1.0
             last_fire = here
     return out
+
+
+@njit(cache=True)
+def fire_rows(
+    rows: Integers,
+    density: Floats,
+    rates: Floats,
+    log_thresholds: Floats,
+    lowest_rate: float,
+    staleness: Floats,
+    last_fire: Integers,
+    fires: Integers,
+    quota: Floats,
+    positions: Integers,
+    min_size: int,
+    max_size: int,
+) -> Booleans:  # pragma: no cover - compiled
+    """Which of some rows [n] fire at this byte; nothing is changed.
+
+    Args:
+        rows: [n]. density: [n] bits. rates: [B] between 0 and 1. log_thresholds: calibrated at rates that double every
+        two entries, from ``lowest_rate`` on. staleness: table by age, its last entry serves all greater ages.
+        last_fire, fires, quota, positions: [B] the router's state before the byte.
+    """
+    fired = np.empty(rows.shape[0], np.bool_)
+    last = log_thresholds.shape[0] - 1
+    for i in range(rows.shape[0]):
+        b = rows[i]
+        place = min(max(2.0 * math.log2(max(rates[b], lowest_rate) / lowest_rate), 0.0), float(last))
+        low = min(int(place), last - 1)
+        log_threshold = log_thresholds[low] + (place - low) * (log_thresholds[low + 1] - log_thresholds[low])
+        fired[i] = fires_now(
+            density[i], staleness, log_threshold, last_fire[b], float(fires[b]), quota[b] + rates[b],
+            positions[b] + 1, min_size, max_size,
+        )  # fmt: skip
+    return fired
 
 
 @njit(cache=True)

@@ -30,8 +30,9 @@ class TrainingConfig(StrictModel):
     """Share of the other reduced passes that fire at a uniform stride."""
     level_share: float = Field(default=0.2, ge=0, le=1)
     """Share of reduced passes that run at a smaller state size."""
+    # Drawn uniformly: drawn uniformly by logarithm, middle budgets were hardly better than the floor.
     lowest_rate: float = Field(default=1 / 64, gt=0, le=1)
-    highest_rate: float = Field(default=0.75, gt=0, le=1)
+    highest_rate: float = Field(default=0.97, gt=0, le=1)
     exit_weight: float = Field(default=0.1, ge=0)
     kl_weight: float = Field(default=0.1, ge=0)
     density_weight: float = Field(default=0.1, ge=0)

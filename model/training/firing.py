@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,8 +35,8 @@ def sample_reduced(config: TrainingConfig, shape: ModelConfig, step: int) -> Red
     d_state = None
     if leveled < config.level_share and lower:
         d_state = int(random.choice(lower))
-    low, high = math.log(config.lowest_rate), math.log(config.highest_rate)
-    rate = 0.0 if floor < config.floor_share else math.exp(low + where * (high - low))
+    low, high = config.lowest_rate, config.highest_rate
+    rate = 0.0 if floor < config.floor_share else low + where * (high - low)
     return Reduced(rate, uniform < config.uniform_share, d_state, max(0.02, 1.0 / (step + 1)))
 
 

@@ -7,8 +7,9 @@ import torch
 
 from model.adaptive.controller import advance, fire_step
 from model.lm import AdaptiveAttentionSystem
+from model.ops.features import features_rows
 from model.ops.ssd import ScanTrace
-from model.ops.stepping import features_rows, fire_rows
+from model.ops.tiling import fire_rows
 from model.state import ModelState
 from tests.model.shapes import random_model, random_tokens
 
