@@ -249,21 +249,29 @@ class AdaptiveAttentionSystem(nn.Module):
         if not len(index):
             return fired
         exit_logits = linear_rows(self.exit_norm(hidden[index]), self.embedding.weight)
-        if not hidden.is_cuda:
-            density = self.density.step_rows(exit_logits, trace, state.density, index)
-            fired[index] = self.tiles.fire_rows(density, rates, state.router, index)
-            return fired
+        decide = self._decide if hidden.is_cuda else self._decide_compiled
+        fired[index] = decide(exit_logits, trace, state, rates, index)
+        return fired
+
+    def _decide(self, exit_logits: Tensor, trace: ScanTrace, state: ModelState, rates: Tensor, index: Tensor) -> Tensor:
+        """Whether the rows ``index`` [n] fire [n]; their density state is advanced. ``exit_logits``: [n, V]."""
         part = ScanTrace(
             trace.x[index], trace.dt[index], trace.A, trace.B[index], trace.C[index], trace.before[index],
             trace.after[index],
         )  # fmt: skip
         features, after = self.density.step(exit_logits, part, state.density.gather(index))
         state.density.scatter_(index, after)
-        fired[index] = fire_step(
+        return fire_step(
             self.density.combine(features), rates[index], self.tiles.log_threshold(rates[index]), self.tiles.tau,
             state.router.gather(index), (self.config.min_tile_size, self.config.max_tile_size),
         )  # fmt: skip
-        return fired
+
+    def _decide_compiled(
+        self, exit_logits: Tensor, trace: ScanTrace, state: ModelState, rates: Tensor, index: Tensor
+    ) -> Tensor:
+        """The same on a CPU, compiled."""
+        density = self.density.step_rows(exit_logits, trace, state.density, index)
+        return self.tiles.fire_rows(density, rates, state.router, index)
 
     def _step_trunk(self, hidden: Tensor, state: ModelState, fired: Tensor, age: Tensor) -> None:
         """Run the trunk for the rows that fire, and hold its update."""

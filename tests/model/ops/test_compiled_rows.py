@@ -11,7 +11,7 @@ from model.ops.features import features_rows
 from model.ops.ssd import ScanTrace
 from model.ops.tiling import fire_rows
 from model.state import ModelState
-from tests.model.shapes import random_model, random_tokens
+from tests.model.shapes import random_model, random_tokens, step_through
 
 
 def encode_one(
@@ -72,3 +72,14 @@ def test_every_batch_size_runs_the_same_compiled_code() -> None:
         for column in random_tokens(batch, 3).unbind(1):
             model.step(column, state, torch.full((batch,), 0.5, dtype=torch.float64))
     assert len(features_rows.signatures) == len(fire_rows.signatures) == 1
+
+
+def test_a_step_without_compiled_code_is_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other devices run, run here."""
+    model, tokens = random_model(), random_tokens(4, 80)
+    rates = torch.tensor([0.5, 1.0, 0.1, 0.0], dtype=torch.float64)
+    compiled = step_through(model, tokens, rates)
+    monkeypatch.setattr(AdaptiveAttentionSystem, "_decide_compiled", AdaptiveAttentionSystem._decide)
+    plain = step_through(model, tokens, rates)
+    assert torch.equal(plain[1], compiled[1])
+    assert torch.equal(plain[0], compiled[0])
