@@ -11,7 +11,7 @@ serve: $(VENV)/.serve  ## Set up if needed, and serve the embedded checkpoint on
 
 test: check  ## Set up if needed, and run every check and test.
 	$(BIN)/coverage run -m pytest
-	$(BIN)/coverage report --skip-covered --skip-empty --show-missing=false
+	$(BIN)/coverage report --skip-covered --skip-empty
 
 check: $(VENV)/.develop  ## Format, lint, import rule, strict types.
 	$(BIN)/ruff format --check .
