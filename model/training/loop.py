@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.checkpoint import load_checkpoint, save_checkpoint
+from model.checkpoint import load_checkpoint, read_config, save_checkpoint
 from model.config import ModelConfig
 from model.lm import AdaptiveAttentionSystem
 from model.training.calibration import calibrate
@@ -65,6 +65,7 @@ def train(run: Run, shape: ModelConfig, config: TrainingConfig) -> AdaptiveAtten
     model = load_checkpoint(run.initial) if run.initial else AdaptiveAttentionSystem(shape)
     model.requires_grad_(True).to(run.device).train()
     optimizer = AdaptiveOptimizer(model, config)
+    earlier = _bytes_before(run)
     done = start = _restore(run, model, optimizer, config) if run.resume else 0
     validation = held_out.batch(0, 0, config.validation_sequences, config.length).to(run.device)
     began = time.monotonic()
@@ -84,13 +85,13 @@ def train(run: Run, shape: ModelConfig, config: TrainingConfig) -> AdaptiveAtten
             if done % config.validate_every == 0 or last:
                 _log(run.output, {"step": done, "bytes": done * batch_bytes, **validate(model, validation)})
             if done % config.save_every == 0 or last:
-                _save(run, model, optimizer, config, done)
+                _save(run, model, optimizer, config, done, earlier)
             if out_of_time:
                 break
     model.eval()
     if done == config.steps and not config.plain:
         calibrate(model, validation[:, :-1])
-        _save(run, model, optimizer, config, done)
+        _save(run, model, optimizer, config, done, earlier)
     return model
 
 
@@ -128,8 +129,20 @@ def _restore(run: Run, model: AdaptiveAttentionSystem, optimizer: AdaptiveOptimi
     return int(saved["step"])
 
 
+def _bytes_before(run: Run) -> int:
+    """Bytes that the initial checkpoint had been trained on, over all runs before this one."""
+    if run.resume:
+        return int(read_config(run.output).provenance.get("bytes_before", 0))
+    return int(read_config(run.initial).provenance.get("bytes", 0)) if run.initial else 0
+
+
 def _save(
-    run: Run, model: AdaptiveAttentionSystem, optimizer: AdaptiveOptimizer, config: TrainingConfig, step: int
+    run: Run,
+    model: AdaptiveAttentionSystem,
+    optimizer: AdaptiveOptimizer,
+    config: TrainingConfig,
+    step: int,
+    earlier: int,
 ) -> None:
     """Save what a resumed run needs, then the checkpoint that others read."""
     run.output.mkdir(parents=True, exist_ok=True)
@@ -142,7 +155,8 @@ def _save(
     }
     torch.save(content, partial)
     partial.replace(run.output / STATE_FILE)
-    provenance = {"steps": step, "bytes": step * config.sequences * config.length, "seed": config.seed}
+    trained = earlier + step * config.sequences * config.length
+    provenance = {"steps": step, "bytes_before": earlier, "bytes": trained, "seed": config.seed}
     save_checkpoint(model, run.output, provenance)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.checkpoint import load_checkpoint
+from model.checkpoint import load_checkpoint, read_config
 from model.config import ModelConfig
 from model.training.config import TrainingConfig
 from model.training.data import Corpus, CorpusError
@@ -75,6 +75,17 @@ def test_a_plain_run_and_one_from_a_checkpoint(corpus: Path, tmp_path: Path) -> 
     still = CONFIG.model_copy(update={"steps": 1, "learning_rate": 1e-9, "weight_decay": 0.0})
     train(Run(corpus, tmp_path / "more", initial=tmp_path / "plain"), SHAPE, still)
     torch.testing.assert_close(weights(tmp_path / "more")["embedding.weight"], before["embedding.weight"])
+
+
+def test_the_bytes_of_all_legs_are_counted(corpus: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    batch = CONFIG.sequences * CONFIG.length
+    train(Run(corpus, first), SHAPE, CONFIG.model_copy(update={"steps": 2}))
+    short = CONFIG.model_copy(update={"steps": 3})
+    train(Run(corpus, second, initial=first, minutes=0.0), SHAPE, short)  # stops after one step
+    assert read_config(second).provenance["bytes"] == 3 * batch
+    train(Run(corpus, second, resume=True), SHAPE, short)
+    assert read_config(second).provenance == {"steps": 3, "bytes_before": 2 * batch, "bytes": 5 * batch, "seed": 0}
 
 
 def test_the_same_seed_reads_the_same_bytes_and_sequences_begin_at_a_separator(corpus: Path) -> None:
