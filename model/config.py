@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -25,7 +26,9 @@ class ModelConfig(StrictModel):
     """
 
     name: str = Field(default="rheostat-small", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    vocab_size: int = Field(default=VOCAB_SIZE, ge=VOCAB_SIZE, le=VOCAB_SIZE)
+    vocab_size: int = Field(default=VOCAB_SIZE, ge=2, le=1 << 20)
+    tied_head: bool = True
+    """Whether the head's weights are the embedding's."""
     d_model: Positive = 192
     d_trunk: Positive = 256
     encoder_layers: Positive = 1
@@ -37,6 +40,8 @@ class ModelConfig(StrictModel):
     d_state_levels: tuple[Positive, ...] = (16, 32, 64)
     """State sizes the trunk can run at; the last one is ``d_state``."""
     d_conv: int = Field(default=4, ge=2, le=16)
+    dt_limits: tuple[float, float | None] = (0.0, None)
+    """Least and greatest step size of the recurrence, before the stretch of a tile; None for no limit."""
     chunk_size: Positive = 64
     """Positions per chunk of the scan."""
     min_tile_size: Positive = 1
@@ -63,7 +68,19 @@ class ModelConfig(StrictModel):
             )
         if self.block_size % self.chunk_size:
             raise ValueError(f"block_size = {self.block_size} must be a multiple of chunk_size = {self.chunk_size}")
+        least, most = self.dt_limits
+        if not 0.0 <= least < (math.inf if most is None else most):
+            raise ValueError(f"dt_limits = {self.dt_limits} must be at least 0, and rise")
         return self
+
+    def require_bytes(self) -> None:
+        """Assure that the tokens are bytes and a separator, as everything that reads or writes text here expects.
+
+        Raises:
+            ValueError: another vocabulary.
+        """
+        if self.vocab_size != VOCAB_SIZE:
+            raise ValueError(f"{self.name}: vocab_size = {self.vocab_size} must be {VOCAB_SIZE} to read bytes")
 
     @property
     def projected(self) -> bool:

@@ -6,23 +6,23 @@ and the model is a plain stack of Mamba-2 blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.adaptive.controller import advance, fire_step
 from model.adaptive.density import InformationDensityAnalyzer
 from model.adaptive.router import CrossScaleRouter
 from model.adaptive.tiling import Pace, TileManager
 from model.config import ModelConfig
 from model.cost import CostModel
+from model.decoding import StepOutput, step_compiled, step_plain
 from model.layers.mamba2 import AdaptiveMambaBlock
 from model.layers.norm import RMSNorm
-from model.ops.rows import linear_rows
+from model.ops.recurrent import compiled
 from model.ops.ssd import ScanTrace
 from model.ops.tiling import Bytes
 from model.state import BlockState, ModelState, RouterState
@@ -49,16 +49,6 @@ class PrefillOutput:
     """Offsets in the piece at which the trunk fired."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """Result of reading one token per sequence."""
-
-    logits: Tensor
-    """[B, V]."""
-    fired: Tensor
-    """[B] bool: the trunk ran."""
-
-
 class AdaptiveAttentionSystem(nn.Module):
     """A byte-level Mamba-2 language model whose trunk runs once per tile."""
 
@@ -68,6 +58,9 @@ class AdaptiveAttentionSystem(nn.Module):
         self.cost = CostModel(config)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
+        if not config.tied_head:
+            self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            nn.init.normal_(self.output.weight, std=0.02)
 
         def blocks(count: int, width: int, *, variable: bool = False) -> nn.ModuleList:
             return nn.ModuleList(AdaptiveMambaBlock(width, config, variable=variable) for _ in range(count))
@@ -86,27 +79,46 @@ class AdaptiveAttentionSystem(nn.Module):
         """Where the weights are."""
         return self.embedding.weight.device
 
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, d_model] of both heads."""
+        return self.embedding.weight if self.config.tied_head else self.output.weight
+
     def allocate_state(self, batch: int, *, d_state: int | None = None) -> ModelState:
         """The state of ``batch`` sequences that have read nothing, the trunk's at ``d_state`` columns (default all)."""
         device = self.device
 
-        def zeros(blocks: Iterable[nn.Module]) -> tuple[BlockState, ...]:
+        def zeros(blocks: nn.ModuleList) -> tuple[BlockState, ...]:
             return tuple(block.mixer.zero_state(batch, device) for block in _blocks(blocks))
 
-        trunk = zeros(self.trunk)
-        if d_state is not None:
-            mixers = (block.mixer for block in _blocks(self.trunk))
-            trunk = tuple(m.resize_state_space(s, d_state) for m, s in zip(mixers, trunk, strict=True))
         counters = [torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(3)]
         quota = torch.zeros(batch, dtype=torch.float64, device=device)
         held = torch.zeros(batch, self.config.d_model, device=device)
-        return ModelState(
+        state = ModelState(
             encoder=zeros(self.encoder),
-            trunk=trunk,
+            trunk=zeros(self.trunk),
             decoder=zeros(self.decoder),
             density=self.density.zero_state(batch, device),
             router=RouterState(held, counters[0], counters[1], quota, counters[2]),
+            columns=torch.full((batch,), self.config.d_state, dtype=torch.int64, device=device),
         )
+        if d_state is not None:
+            self.resize_state_space(state, d_state)
+        return state
+
+    def resize_state_space(self, state: ModelState, d_state: int | Tensor) -> None:
+        """Run the trunk at ``d_state`` columns from here on (one size, or one per sequence [B]); routes live states.
+
+        The tensors are as wide as the widest row needs.
+
+        Raises:
+            ValueError: a size is not one of the levels.
+        """
+        columns = torch.as_tensor(d_state, device=state.columns.device).expand(len(state.columns))
+        state.trunk = tuple(
+            BlockState(block.conv_state, self.router.route_states(block.ssm_state, columns)) for block in state.trunk
+        )
+        state.columns = columns.clone()
 
     def encode(self, tokens: Tensor, states: tuple[BlockState, ...]) -> Encoded:
         """Run the encoder over tokens [B, L] from ``states`` (not changed)."""
@@ -115,33 +127,33 @@ class AdaptiveAttentionSystem(nn.Module):
         return Encoded(hidden, after, trace)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of decoder outputs [..., d_model]; the weights are the embedding's."""
-        return F.linear(self.final_norm(hidden), self.embedding.weight)
+        """Logits [..., V] of decoder outputs [..., d_model]."""
+        return F.linear(self.final_norm(hidden), self.head_weight)
 
     def exit_head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of the early exit, from encoder outputs [..., d_model]."""
-        return F.linear(self.exit_norm(hidden), self.embedding.weight)
+        return F.linear(self.exit_norm(hidden), self.head_weight)
 
-    def combine(self, encoded: Encoded, fires: Tensor | None, state: ModelState) -> Tensor:
+    def combine(self, hidden: Tensor, fires: Tensor | None, state: ModelState) -> Tensor:
         """Trunk, hold and decoder over L positions.
 
         Args:
-            encoded: of the same positions. fires: [B, L] bool, None for every position.
-            state: before them; its trunk, decoder and router rows are replaced by those after them. For rows with
-                different numbers of fires the trunk rows are not valid afterwards (B > 1 serves training).
+            hidden: [B, L, d_model] encoder outputs. fires: [B, L] bool, None for every position.
+            state: before them; its trunk, decoder and router rows are replaced by those after them.
 
         Returns:
             [B, L, d_model] decoder outputs.
         """
-        router, hidden = state.router, encoded.hidden
+        router = state.router
         length = hidden.shape[1]
         offsets = torch.arange(1, length + 1, device=hidden.device)
         position = router.positions.unsqueeze(1) + offsets  # [B, L], the first byte is 1
-        if fires is None:
-            update, state.trunk = self._run_trunk(hidden, None, state.trunk)
+        if fires is None and bool((router.last_fire == router.positions).all()):
+            update = self._run_trunk(hidden, None, None, state)
             spread, router.held, last = update, update[:, -1], position
             router.fires = router.fires + length
         else:
+            fires = torch.ones_like(position, dtype=torch.bool) if fires is None else fires
             count = fires.sum(1)
             most = int(count.max())
             index = torch.argsort((~fires).to(torch.int8), dim=1, stable=True)[:, :most]  # [B, K]
@@ -150,7 +162,8 @@ class AdaptiveAttentionSystem(nn.Module):
             updates = router.held.unsqueeze(1)
             if most:
                 selected = hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-                update, state.trunk = self._run_trunk(selected, stretch.to(hidden.dtype), state.trunk)
+                lengths = None if bool((count == most).all()) else count
+                update = self._run_trunk(selected, stretch.to(hidden.dtype), lengths, state)
                 updates = torch.cat([updates, update], dim=1)  # [B, 1 + K, d_model]
             slot = fires.cumsum(1).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
             last = torch.where(fires, position, 0).cummax(1).values.maximum(router.last_fire.unsqueeze(1))
@@ -162,13 +175,16 @@ class AdaptiveAttentionSystem(nn.Module):
         output, state.decoder, _ = _run(self.decoder, hidden + spread, state.decoder)
         return output
 
-    def _run_trunk(
-        self, selected: Tensor, stretch: Tensor | None, states: tuple[BlockState, ...]
-    ) -> tuple[Tensor, tuple[BlockState, ...]]:
-        """The trunk's update at outer width [B, K, d_model] for selected encoder outputs [B, K, d_model]."""
+    def _run_trunk(self, selected: Tensor, stretch: Tensor | None, lengths: Tensor | None, state: ModelState) -> Tensor:
+        """The trunk's update at outer width [B, K, d_model] for selected encoder outputs [B, K, d_model].
+
+        Of row i the first ``lengths[i]`` count (None: all K). The trunk's state is replaced.
+        """
         entered = self.router.to_trunk(selected)
-        left, after, _ = _run(self.trunk, entered, states, stretch)
-        return self.router.from_trunk(left - entered), after
+        width = state.trunk[0].ssm_state.shape[-1]
+        columns = None if bool((state.columns == width).all()) else state.columns
+        left, state.trunk, _ = _run(self.trunk, entered, state.trunk, stretch, lengths, columns)
+        return self.router.from_trunk(left - entered)
 
     def forward(self, tokens: Tensor, fires: Tensor | None = None, *, d_state: int | None = None) -> Tensor:
         """Logits [B, L, V] of whole sequences.
@@ -179,7 +195,7 @@ class AdaptiveAttentionSystem(nn.Module):
         """
         state = self.allocate_state(len(tokens), d_state=d_state)
         encoded = self.encode(tokens, state.encoder)
-        return self.head(self.combine(encoded, fires, state))
+        return self.head(self.combine(encoded.hidden, fires, state))
 
     @torch.inference_mode()
     def analyse(self, tokens: Tensor) -> Tensor:
@@ -205,7 +221,7 @@ class AdaptiveAttentionSystem(nn.Module):
         plan = self._plan(encoded, state, rate)
         quota = state.router.quota + rate * tokens.shape[1]
         fires = torch.from_numpy(plan.astype(bool)).to(tokens.device).unsqueeze(0)
-        output = self.combine(encoded, None if plan.all() else fires, state)
+        output = self.combine(encoded.hidden, None if plan.all() else fires, state)
         state.router.quota = quota
         logits = self.head(output[:, -1])[0] if predict else None
         return PrefillOutput(logits, np.flatnonzero(plan).tolist())
@@ -226,94 +242,28 @@ class AdaptiveAttentionSystem(nn.Module):
         """Read one token per sequence, the trunk only for those that fire.
 
         Args:
-            tokens: [B]. state: of B sequences, replaced by the state after the token.
+            tokens: [B]. state: of B sequences, advanced in place.
             rates: [B] float64 fires per byte, 0 to 1; sequences of all rates mix, and none changes another's logits.
         """
-        hidden, state.encoder, trace = _step(self.encoder, self.embedding(tokens), state.encoder)
-        assert trace is not None, "the encoder has at least one block"
-        fired = self._fire(hidden, trace, state, rates)
-        router = state.router
-        age = router.positions + 1 - router.last_fire
-        if bool(fired.any()):
-            self._step_trunk(hidden, state, fired, age)
-        advance(router, fired, rates)
-        spread = self.router.fade(router.held, router.positions - router.last_fire)
-        output, state.decoder, _ = _step(self.decoder, hidden + spread, state.decoder)
-        return StepOutput(linear_rows(self.final_norm(output), self.embedding.weight), fired)
-
-    def _fire(self, hidden: Tensor, trace: ScanTrace, state: ModelState, rates: Tensor) -> Tensor:
-        """[B] bool: which sequences fire. Only those whose rate leaves a choice are analysed."""
-        chosen = (rates > 0.0) & (rates < 1.0)
-        fired = rates >= 1.0
-        index = chosen.nonzero().squeeze(-1)
-        if not len(index):
-            return fired
-        exit_logits = linear_rows(self.exit_norm(hidden[index]), self.embedding.weight)
-        decide = self._decide if hidden.is_cuda else self._decide_compiled
-        fired[index] = decide(exit_logits, trace, state, rates, index)
-        return fired
-
-    def _decide(self, exit_logits: Tensor, trace: ScanTrace, state: ModelState, rates: Tensor, index: Tensor) -> Tensor:
-        """Whether the rows ``index`` [n] fire [n]; their density state is advanced. ``exit_logits``: [n, V]."""
-        part = ScanTrace(
-            trace.x[index], trace.dt[index], trace.A, trace.B[index], trace.C[index], trace.before[index],
-            trace.after[index],
-        )  # fmt: skip
-        features, after = self.density.step(exit_logits, part, state.density.gather(index))
-        state.density.scatter_(index, after)
-        return fire_step(
-            self.density.combine(features), rates[index], self.tiles.log_threshold(rates[index]), self.tiles.tau,
-            state.router.gather(index), (self.config.min_tile_size, self.config.max_tile_size),
-        )  # fmt: skip
-
-    def _decide_compiled(
-        self, exit_logits: Tensor, trace: ScanTrace, state: ModelState, rates: Tensor, index: Tensor
-    ) -> Tensor:
-        """The same on a CPU, compiled."""
-        density = self.density.step_rows(exit_logits, trace, state.density, index)
-        return self.tiles.fire_rows(density, rates, state.router, index)
-
-    def _step_trunk(self, hidden: Tensor, state: ModelState, fired: Tensor, age: Tensor) -> None:
-        """Run the trunk for the rows that fire, and hold its update."""
-        index = fired.nonzero().squeeze(-1)
-        entered = hidden[index]
-        if self.router.down is not None:
-            entered = linear_rows(entered, self.router.down.weight)
-        rows = tuple(block.gather(index) for block in state.trunk)
-        left, after, _ = _step(self.trunk, entered, rows, age[index].to(hidden.dtype))
-        update = left - entered
-        if self.router.up is not None:
-            update = linear_rows(update, self.router.up.weight)
-        for block, new in zip(state.trunk, after, strict=True):
-            block.scatter_(index, new)
-        state.router.held.index_copy_(0, index, update)
+        step = step_compiled if compiled(self.embedding.weight) else step_plain
+        return step(self, tokens, state, rates)
 
 
-def _blocks(modules: Iterable[nn.Module]) -> Iterable[AdaptiveMambaBlock]:
-    for module in modules:
-        assert isinstance(module, AdaptiveMambaBlock)
-        yield module
+def _blocks(modules: nn.ModuleList) -> list[AdaptiveMambaBlock]:
+    return cast("list[AdaptiveMambaBlock]", list(modules))
 
 
 def _run(
-    blocks: nn.ModuleList, hidden: Tensor, states: tuple[BlockState, ...], stretch: Tensor | None = None
+    blocks: nn.ModuleList,
+    hidden: Tensor,
+    states: tuple[BlockState, ...],
+    stretch: Tensor | None = None,
+    lengths: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, tuple[BlockState, ...], ScanTrace | None]:
     """A stack of residual blocks over [B, L, D]; the states after, and the last block's trace."""
     after, trace = [], None
     for block, state in zip(blocks, states, strict=True):
-        update, new, trace = block(hidden, state, stretch)
-        hidden = hidden + update
-        after.append(new)
-    return hidden, tuple(after), trace
-
-
-def _step(
-    blocks: nn.ModuleList, hidden: Tensor, states: tuple[BlockState, ...], stretch: Tensor | None = None
-) -> tuple[Tensor, tuple[BlockState, ...], ScanTrace | None]:
-    """A stack of residual blocks over one position [B, D]; otherwise as :func:`_run`."""
-    after, trace = [], None
-    for block, state in zip(_blocks(blocks), states, strict=True):
-        update, new, trace = block.step(hidden, state, stretch)
-        hidden = hidden + update
+        hidden, new, trace = block(hidden, state, stretch, lengths=lengths, columns=columns)
         after.append(new)
     return hidden, tuple(after), trace

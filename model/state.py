@@ -107,18 +107,17 @@ class RouterState(Rows):
 
 @dataclass(slots=True)
 class ModelState(Rows):
-    """Everything an :class:`~model.lm.AdaptiveAttentionSystem` carries between calls; all zero at the start."""
+    """Everything an :class:`~model.lm.AdaptiveAttentionSystem` carries between calls; zero at the start but for
+    ``columns``.
+    """
 
     encoder: tuple[BlockState, ...]
     trunk: tuple[BlockState, ...]
     decoder: tuple[BlockState, ...]
     density: DensityState
     router: RouterState
-
-    def reset_(self, index: Tensor) -> None:
-        """Return the rows ``index`` (LongTensor [n]) to those of a sequence that has read nothing, in place."""
-        for tensor in self.tensors():
-            tensor.index_fill_(0, index, 0)
+    columns: Tensor
+    """[B] int64, columns of the trunk's ssm_state that run; those beyond are zero."""
 
 
 def zero_block_state(

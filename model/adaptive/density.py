@@ -7,15 +7,16 @@ prediction) are read from the encoder's last block, causally, one value per posi
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.ops.features import features_rows
-from model.ops.rows import softplus_rows
-from model.ops.ssd import ScanTrace, into_chunks, segment_decay, ssd_scan
+from model.ops.features import Singles, density_rows
+from model.ops.ssd import ScanTrace, StepTrace, into_chunks, segment_decay, ssd_scan
+from model.ops.tiling import Floats, Integers
 from model.state import DensityState
 
 FEATURES = ("state_gradient", "attention_entropy", "temporal_distance", "predictive_entropy")
@@ -56,7 +57,7 @@ class InformationDensityAnalyzer(nn.Module):
     def combine(self, features: Tensor) -> Tensor:
         """Density [...] in bits, above 0, from raw features [..., 4]. Differentiable in the weights."""
         standard = (features - self.mean) / self.std
-        return softplus_rows((standard * F.softplus(self.raw_weight)).sum(-1) + self.bias) + 1e-6
+        return F.softplus((standard * F.softplus(self.raw_weight)).sum(-1) + self.bias) + 1e-6
 
     @torch.no_grad()
     def update_statistics(self, features: Tensor, momentum: float) -> None:
@@ -82,44 +83,34 @@ class InformationDensityAnalyzer(nn.Module):
         return features, after
 
     @torch.no_grad()
-    def step(self, exit_logits: Tensor, trace: ScanTrace, state: DensityState) -> tuple[Tensor, DensityState]:
+    def step(self, exit_logits: Tensor, trace: StepTrace, state: DensityState) -> tuple[Tensor, DensityState]:
         """Features [B, 4] of one position; ``exit_logits`` [B, V], otherwise as :meth:`forward`."""
-        change = (trace.after - trace.before[:, 0]).flatten(1)
-        keys, weights, log_decay, norms, mass, after = self._step_window(trace, state)
+        keys = torch.cat([state.keys[:, 1:], trace.B.unsqueeze(1)], dim=1)
+        weights = torch.cat([state.weights[:, 1:], trace.dt.unsqueeze(1)], dim=1)
+        log_decay = torch.cat([state.log_decay[:, 1:], trace.log_decay.unsqueeze(1)], dim=1)
+        norms = keys.norm(dim=-1, keepdim=True)
+        mass = state.mass * trace.log_decay.exp() + trace.dt * norms[:, -1]
+        after = DensityState(keys, weights, log_decay, mass, state.seen + 1)
         decay_sum = log_decay.flip(1).cumsum(1).flip(1) - log_decay  # from key j to now: positions after j
         decayed = weights * decay_sum.exp()  # [B, W, H]
-        query = trace.C[:, 0]
+        query = trace.C
         # Not a matrix product: a sum over the last axis gives a row the same bits whatever rows stand beside it.
         scores = (query.unsqueeze(1) * keys).sum(-1).abs().unsqueeze(-1) * decayed
         past = (mass - (decayed * norms).sum(1)).clamp_min(0.0) * query.norm(dim=-1, keepdim=True)
         entropy, distance = self._summarise(scores, past, after.seen)
-        features = [change.norm(dim=-1).log1p(), entropy, distance, predictive_entropy(exit_logits)]
-        return torch.stack(features, dim=-1), after
+        gradient = trace.change.sqrt().log1p().to(entropy.dtype)
+        return torch.stack([gradient, entropy, distance, predictive_entropy(exit_logits)], dim=-1), after
 
-    def step_rows(self, exit_logits: Tensor, trace: ScanTrace, state: DensityState, rows: Tensor) -> Tensor:
-        """Density [n] (float64) of one position for the rows ``rows`` [n] of a batch on a CPU; the compiled fast path.
+    def step_rows(self, exit_logits: Singles, trace: tuple[Any, ...], state: DensityState, rows: Integers) -> Floats:
+        """Density [n] of one position for the rows ``rows`` [n] of a batch on a CPU; the compiled fast path.
 
         Args:
-            exit_logits: [n, V], of those rows. trace: of the whole batch. state: of the whole batch, its ``rows``
-                advanced in place.
+            exit_logits: [n, V], of those rows. trace: of the whole batch, as arrays. state: of the whole batch, its
+                ``rows`` advanced in place.
         """
-        flat = (trace.before[:, 0].flatten(1), trace.after.flatten(1))
-        inputs = (rows, exit_logits, trace.C[:, 0], trace.B[:, 0], trace.dt[:, 0], trace.A, *flat, *state.tensors())
-        # Contiguous: a new memory layout would be a new compilation, in the middle of serving.
-        features = torch.from_numpy(features_rows(*(value.contiguous().numpy() for value in inputs)))
-        return self.combine(features)
-
-    def _step_window(
-        self, trace: ScanTrace, state: DensityState
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, DensityState]:
-        key, dt = trace.B[:, 0], trace.dt[:, 0]
-        keys = torch.cat([state.keys[:, 1:], key.unsqueeze(1)], dim=1)
-        weights = torch.cat([state.weights[:, 1:], dt.unsqueeze(1)], dim=1)
-        log_decay = torch.cat([state.log_decay[:, 1:], (dt * trace.A).unsqueeze(1)], dim=1)
-        norms = keys.norm(dim=-1, keepdim=True)
-        mass = state.mass * (dt * trace.A).exp() + dt * norms[:, -1]
-        after = DensityState(keys, weights, log_decay, mass, state.seen + 1)
-        return keys, weights, log_decay, norms, mass, after
+        tensors = (*state.tensors(), self.mean, self.std, self.raw_weight, self.bias)
+        density: Floats = density_rows(*[rows, exit_logits, *trace], *[value.detach().numpy() for value in tensors])
+        return density
 
     def _attention(self, trace: ScanTrace, state: DensityState) -> tuple[Tensor, Tensor, DensityState]:
         """Entropy and look-back distance [B, L] of the hidden attention over the window plus one lump."""

@@ -46,18 +46,28 @@ class CrossScaleRouter(nn.Module):
         rho = torch.exp(-F.softplus(self.raw_fading) * torch.log1p(age.to(held.dtype)).unsqueeze(-1))
         return torch.mul(held, rho)
 
-    def route_states(self, ssm_state: Tensor, d_state: int) -> Tensor:
-        """A live state [B, H, P, N] at another size: down with what is cut off folded in, up with zeros.
+    def route_states(self, ssm_state: Tensor, d_state: Tensor) -> Tensor:
+        """Live states at other sizes: down with what is cut off folded in, up with zeros.
+
+        Args:
+            ssm_state: [B, H, P, N], zero in columns that do not run. d_state: [B] columns to run, each a level.
+
+        Returns:
+            [B, H, P, max(d_state)].
 
         Raises:
-            ValueError: ``d_state`` is not a level, or a state between levels is to shrink.
+            ValueError: a size is not one of the levels.
         """
-        current = ssm_state.shape[-1]
-        if d_state not in self.levels:
-            raise ValueError(f"d_state = {d_state} must be one of {self.levels}")
-        if d_state >= current:
-            return F.pad(ssm_state, (0, d_state - current))
-        kept, cut = ssm_state[..., :d_state], ssm_state[..., d_state:]
-        weight = self.fold[str(d_state)][:, : current - d_state]
-        folded: Tensor = kept + cut @ weight.t()
-        return folded
+        sizes = d_state.unique().tolist()
+        for size in sizes:
+            if size not in self.levels:
+                raise ValueError(f"d_state = {size} must be one of {self.levels}")
+        width = ssm_state.shape[-1]
+        routed = ssm_state.new_zeros(*ssm_state.shape[:-1], sizes[-1])
+        for size in sizes:
+            rows = (d_state == size).nonzero().squeeze(-1)
+            state = ssm_state[rows]
+            if size < width:
+                state = state[..., :size] + state[..., size:] @ self.fold[str(size)][:, : width - size].t()
+            routed[rows, ..., : state.shape[-1]] = state
+        return routed

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.ops.tiling import (
+    Booleans,
     Bytes,
     Floats,
+    Integers,
     fire_evenly,
     fire_online,
     fire_rows,
@@ -123,19 +125,19 @@ class TileManager(nn.Module):
         part = grid - low
         return torch.lerp(self.log_thresholds[low], self.log_thresholds[low + 1], part)
 
-    def fire_rows(self, density: Tensor, rates: Tensor, router: RouterState, rows: Tensor) -> Tensor:
+    def fire_rows(self, density: Floats, rates: Floats, router: RouterState, rows: Integers) -> Booleans:
         """Which of the rows ``rows`` [n] of a batch on a CPU fire now [n]; the compiled twin of ``fire_step``.
 
         Args:
-            density: [n] float64 bits. rates: [B] float64. router: of the whole batch, not changed.
+            density: [n] bits. rates: [B]. router: of the whole batch, not changed.
         """
         table = staleness_table(self.tau, self.max_tile_size)
         counts = (router.last_fire.numpy(), router.fires.numpy(), router.quota.numpy(), router.positions.numpy())
-        fired = fire_rows(
-            rows.numpy(), density.numpy(), rates.numpy(), self.log_thresholds.numpy(), RATES[0], table, *counts,
+        fired: Booleans = fire_rows(
+            rows, density, rates, self.log_thresholds.numpy(), RATES[0], table, *counts,
             self.min_tile_size, self.max_tile_size,
         )  # fmt: skip
-        return torch.from_numpy(fired)
+        return fired
 
     def online(self, density: Floats, rate: float, pace: Pace, log_threshold: float | None = None) -> Bytes:
         """Fires [L] of the causal rule from ``pace`` on; the calibrated threshold unless one is given."""

@@ -48,6 +48,7 @@ class StrictEvaluation:
     """Scores documents at several budgets in one pass: the encoder and the density are shared between them."""
 
     def __init__(self, model: AdaptiveAttentionSystem, budgets: Iterable[float]) -> None:
+        model.config.require_bytes()
         self.model = model
         self.scores = [Score(budget) for budget in budgets]
         self._rates = [model.cost.rates(score.budget).decode for score in self.scores]
@@ -82,7 +83,7 @@ class StrictEvaluation:
         length = len(targets)
         fires = self._fires(rate, state, density, length)
         quota = state.router.quota + rate * length
-        output = self.model.combine(encoded, fires, state)
+        output = self.model.combine(encoded.hidden, fires, state)
         state.router.quota = quota
         nats = F.cross_entropy(self.model.head(output)[0], targets, reduction="sum").item()
         fired = length if fires is None else int(fires.sum())

@@ -6,7 +6,8 @@ Source: Dao and Gu 2024, section 7 (the block) and the public Mamba-2 checkpoint
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.layers.norm import RMSNorm
-from model.ops.rows import linear_rows, softplus_rows
-from model.ops.ssd import ScanTrace, ssd_scan, ssd_step
+from model.ops.recurrent import Singles, block_rows, compiled, mixer_rows
+from model.ops.ssd import ScanTrace, StepTrace, ssd_scan, ssd_step
+from model.ops.tiling import Integers
 from model.state import BlockState, zero_block_state
 
 
@@ -27,6 +29,10 @@ class VariableStateSpaceModel(nn.Module):
         config: shape; ``d_state_levels`` matter only if ``variable``.
         variable: whether the state size may change, and a step may stand for several bytes (the trunk).
     """
+
+    level_sizes: Tensor
+    level_scale: Tensor
+    tile_exponent: Tensor
 
     def __init__(self, width: int, config: ModelConfig, *, variable: bool) -> None:
         super().__init__()
@@ -46,9 +52,16 @@ class VariableStateSpaceModel(nn.Module):
         self.D = nn.Parameter(torch.ones(self.heads))
         self.norm = RMSNorm(self.d_inner, config.norm_eps)
         self.out_proj = nn.Linear(self.d_inner, width, bias=False)
+        self.register_buffer("level_sizes", torch.tensor(self.levels), persistent=False)
+        self.least_dt, most_dt = config.dt_limits
+        self.most_dt = math.inf if most_dt is None else most_dt
         if variable:
             self.tile_exponent = nn.Parameter(torch.zeros(self.heads))
             self.level_scale = nn.Parameter(torch.ones(len(self.levels) - 1))
+        else:
+            self.register_buffer("tile_exponent", torch.zeros(self.heads), persistent=False)
+            self.register_buffer("level_scale", torch.ones(0), persistent=False)
+        self._arrays: list[Any] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -93,73 +106,154 @@ class VariableStateSpaceModel(nn.Module):
         if d_state not in self.levels:
             raise ValueError(f"d_state = {d_state} must be one of {self.levels}")
 
-    def _columns(self, B: Tensor, C: Tensor, d_state: int) -> tuple[Tensor, Tensor]:
-        """The first ``d_state`` columns of B and C [..., N], C scaled for that level."""
-        if d_state == self.d_state:
-            return B, C
-        scale = self.level_scale[self.levels.index(d_state)]
-        return B[..., :d_state], C[..., :d_state] * scale
+    def query_scale(self, columns: Tensor) -> Tensor:
+        """Learned scale [...] of C at ``columns`` [...] columns, each one of the levels; 1 at the full size."""
+        scales = torch.cat([self.level_scale, self.level_scale.new_ones(1)])
+        return scales[torch.searchsorted(self.level_sizes, columns)]
+
+    def _mask(self, B: Tensor, C: Tensor, columns: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+        """B and C for a state of ``width`` columns, of which row i runs ``columns[i]`` (None: all of them).
+
+        Args:
+            B, C: [B, ..., N]. columns: [B].
+
+        Returns:
+            [B, ..., width] both, 0 in columns that do not run, C scaled for the level.
+        """
+        B, C = B[..., :width], C[..., :width]
+        if columns is None:
+            return (B, C) if width == self.d_state else (B, C * self.level_scale[self.levels.index(width)])
+        shape = (-1, *[1] * (B.dim() - 1))
+        running = torch.arange(width, device=B.device) < columns.view(shape)
+        return B * running, C * running * self.query_scale(columns).view(shape)
 
     def _dt(self, raw: Tensor, stretch: Tensor | None) -> Tensor:
         """Step sizes [..., H] in fp32; ``stretch`` [...] is the number of bytes that each step stands for."""
-        dt = softplus_rows(raw.float() + self.dt_bias)
+        dt = F.softplus(raw.float() + self.dt_bias).clamp(self.least_dt, self.most_dt)
         if stretch is not None:
             dt = dt * torch.exp(self.tile_exponent * stretch.log().unsqueeze(-1))
         return dt
 
     def forward(
-        self, hidden: Tensor, state: BlockState, stretch: Tensor | None = None
+        self,
+        hidden: Tensor,
+        state: BlockState,
+        stretch: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        columns: Tensor | None = None,
     ) -> tuple[Tensor, BlockState, ScanTrace]:
         """Read L positions.
 
         Args:
-            hidden: [B, L, D]. state: before them, not changed; its ``d_state`` is the one that runs.
+            hidden: [B, L, D]. state: before them, not changed.
             stretch: [B, L] bytes per step, at least 1 (trunk only).
+            lengths: [B] positions that count; what stands beyond is padding and leaves the state alone. None: all.
+            columns: [B] of the state that run; None for all of them.
 
         Returns:
             output [B, L, D], the state after, and the trace.
         """
+        if compiled(hidden):
+            return self._forward_compiled(hidden, state, stretch, lengths, columns)
         z, xBC_raw, dt_raw = self.in_proj(hidden).split([self.d_inner, self.conv_dim, self.heads], dim=-1)
         window = torch.cat([state.conv_state, xBC_raw], dim=1)
         mixed = F.conv1d(window.transpose(1, 2), self.conv_weight.unsqueeze(1), self.conv_bias, groups=self.conv_dim)
-        xBC = F.silu(mixed.transpose(1, 2))
-        x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
-        B, C = self._columns(B, C, state.ssm_state.shape[-1])
+        x, B, C = F.silu(mixed.transpose(1, 2)).split([self.d_inner, self.d_state, self.d_state], dim=-1)
+        B, C = self._mask(B, C, columns, state.ssm_state.shape[-1])
         x = x.unflatten(-1, (self.heads, self.headdim))
         dt = self._dt(dt_raw, stretch)
+        taps = state.conv_state.shape[1]
+        if lengths is None:
+            conv_state = window[:, window.shape[1] - taps :]
+        else:
+            dt = dt * (torch.arange(hidden.shape[1], device=dt.device) < lengths.unsqueeze(1)).unsqueeze(-1)
+            last = lengths.unsqueeze(1) + torch.arange(taps, device=dt.device)  # the last inputs that count
+            conv_state = window.gather(1, last.unsqueeze(-1).expand(-1, -1, self.conv_dim))
         A = -torch.exp(self.A_log.float())
         scan = ssd_scan(x, dt, A, B, C, initial_state=state.ssm_state, chunk_size=self.chunk_size)
         y = torch.addcmul(scan.y, x, self.D[:, None]).flatten(2)
-        trace = ScanTrace(*(t.detach() for t in (x, dt, A, B, C, scan.chunk_states, scan.final_state)))
-        after = BlockState(window[:, window.shape[1] - state.conv_state.shape[1] :], scan.final_state)
-        return self.out_proj(self.norm(y, z)), after, trace
+        trace = ScanTrace(*(value.detach() for value in (x, dt, A, B, C, scan.chunk_states)))
+        return self.out_proj(self.norm(y, z)), BlockState(conv_state, scan.final_state), trace
+
+    def _forward_compiled(
+        self,
+        hidden: Tensor,
+        state: BlockState,
+        stretch: Tensor | None,
+        lengths: Tensor | None,
+        columns: Tensor | None,
+    ) -> tuple[Tensor, BlockState, ScanTrace]:
+        """The same by compiled loops, on a CPU where nobody asks for gradients."""
+        batch, length = hidden.shape[:2]
+        width = state.ssm_state.shape[-1]
+        log_stretch = torch.zeros(batch, length) if stretch is None else stretch.log()
+        lengths = torch.full((batch,), length) if lengths is None else lengths
+        columns = torch.full((batch,), width) if columns is None else columns
+        after = BlockState(*(value.clone(memory_format=torch.contiguous_format) for value in state.tensors()))
+        before = torch.zeros(batch, -(-length // self.chunk_size), *after.ssm_state.shape[1:])
+        inputs = (self.in_proj(hidden), log_stretch, lengths, columns, after.conv_state, after.ssm_state, before)
+        arguments: list[Any] = [*(value.numpy() for value in inputs), self.chunk_size, *self.arrays()]
+        gated, mixed, steps = map(torch.from_numpy, mixer_rows(*arguments))
+        x, B, C = mixed.split([self.d_inner, self.d_state, self.d_state], dim=-1)
+        x = x.unflatten(-1, (self.heads, self.headdim))
+        trace = ScanTrace(x, steps, -torch.exp(self.A_log), B[..., :width], C[..., :width], before)
+        return self.out_proj(gated), after, trace
+
+    def arrays(self) -> list[Any]:
+        """What the compiled loops read, in their order: views of the parameters, which thus may change."""
+        if self._arrays is None:
+            weights = (
+                self.level_sizes, self.level_scale, self.conv_weight, self.conv_bias, self.dt_bias, self.A_log,
+                self.D, self.norm.weight, self.tile_exponent,
+            )  # fmt: skip
+            self._arrays = [*(value.detach().numpy() for value in weights), self.least_dt, self.most_dt, self.norm.eps]
+        return self._arrays
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moving or casting a module replaces its parameters."""
+        self._arrays = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a module has parameters of its own, which the views of this one do not show."""
+        return {**self.__dict__, "_arrays": None}
 
     def step(
-        self, hidden: Tensor, state: BlockState, stretch: Tensor | None = None
-    ) -> tuple[Tensor, BlockState, ScanTrace]:
-        """Read one position: ``hidden`` [B, D], ``stretch`` [B]. Otherwise as :meth:`forward`, L axis dropped."""
-        z, new, dt_raw = linear_rows(hidden, self.in_proj.weight).split(
-            [self.d_inner, self.conv_dim, self.heads], dim=-1
-        )
-        window = torch.cat([state.conv_state, new.unsqueeze(1)], dim=1)
+        self, hidden: Tensor, state: BlockState, rows: Tensor, stretch: Tensor | None, columns: Tensor
+    ) -> tuple[Tensor, StepTrace]:
+        """Read one position for some rows of a batch, whose state is advanced in place.
+
+        Args:
+            hidden: [n, D]. state: of B sequences. rows: [n] of them.
+            stretch: [n] bytes that the step stands for, at least 1. columns: [n] of the state that run.
+
+        Returns:
+            output [n, D], and the trace.
+        """
+        z, new, dt_raw = self.in_proj(hidden).split([self.d_inner, self.conv_dim, self.heads], dim=-1)
+        window = torch.cat([state.conv_state[rows], new.unsqueeze(1)], dim=1)
         xBC = F.silu((window * self.conv_weight.t()).sum(1) + self.conv_bias)
         x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
-        B, C = self._columns(B, C, state.ssm_state.shape[-1])
+        width = state.ssm_state.shape[-1]
+        B, C = self._mask(B, C, columns, width)
         x = x.unflatten(-1, (self.heads, self.headdim))
         dt = self._dt(dt_raw, stretch)
         A = -torch.exp(self.A_log.float())
-        y, ssm_state = ssd_step(x, dt, A, B, C, state.ssm_state)
+        before = state.ssm_state[rows]
+        y, after = ssd_step(x, dt, A, B, C, before)
         y = torch.addcmul(y, x, self.D[:, None]).flatten(1)
-        trace = ScanTrace(
-            x.unsqueeze(1), dt.unsqueeze(1), A, B.unsqueeze(1), C.unsqueeze(1), state.ssm_state.unsqueeze(1),
-            ssm_state,
-        )  # fmt: skip
-        output = linear_rows(self.norm(y, z), self.out_proj.weight)
-        return output, BlockState(window[:, 1:], ssm_state), trace
+        state.conv_state.index_copy_(0, rows, window[:, 1:])
+        state.ssm_state.index_copy_(0, rows, after)
+        missing = (0, self.d_state - width)
+        change = (after - before).double().square().flatten(1).sum(1)
+        trace = StepTrace(F.pad(B, missing), F.pad(C, missing), dt, dt * A, change)
+        return self.out_proj(self.norm(y, z)), trace
 
 
 class AdaptiveMambaBlock(nn.Module):
-    """Pre-norm residual block around :class:`VariableStateSpaceModel`; returns the update, not the sum."""
+    """Pre-norm residual block around :class:`VariableStateSpaceModel`."""
 
     def __init__(self, width: int, config: ModelConfig, *, variable: bool = False) -> None:
         super().__init__()
@@ -167,14 +261,42 @@ class AdaptiveMambaBlock(nn.Module):
         self.mixer = VariableStateSpaceModel(width, config, variable=variable)
 
     def forward(
-        self, hidden: Tensor, state: BlockState, stretch: Tensor | None = None
+        self,
+        hidden: Tensor,
+        state: BlockState,
+        stretch: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        columns: Tensor | None = None,
     ) -> tuple[Tensor, BlockState, ScanTrace]:
-        """The residual update [B, L, D] for ``hidden`` [B, L, D]; see the mixer."""
-        update, after, trace = self.mixer(self.norm(hidden), state, stretch)
-        return update, after, trace
+        """``hidden`` [B, L, D] with the block's update added; see the mixer."""
+        update, after, trace = self.mixer(self.norm(hidden), state, stretch, lengths=lengths, columns=columns)
+        return hidden + update, after, trace
 
     def step(
-        self, hidden: Tensor, state: BlockState, stretch: Tensor | None = None
-    ) -> tuple[Tensor, BlockState, ScanTrace]:
-        """The residual update [B, D] for one position; see the mixer."""
-        return self.mixer.step(self.norm(hidden), state, stretch)
+        self, hidden: Tensor, state: BlockState, rows: Tensor, stretch: Tensor | None, columns: Tensor
+    ) -> tuple[Tensor, StepTrace]:
+        """The same for one position [n, D]; see the mixer."""
+        update, trace = self.mixer.step(self.norm(hidden), state, rows, stretch, columns)
+        return hidden + update, trace
+
+    def step_compiled(
+        self,
+        hidden: Singles,
+        state: BlockState,
+        rows: Integers,
+        log_stretch: Singles,
+        columns: Integers,
+        *,
+        traced: bool = False,
+    ) -> tuple[Any, ...]:
+        """The same by compiled loops, on a CPU: ``hidden`` is changed in place.
+
+        Returns:
+            The content of the trace as arrays; its ``change`` is 0 unless ``traced``.
+        """
+        weights = (self.norm.weight, self.mixer.in_proj.weight, self.mixer.out_proj.weight)
+        arguments: list[Any] = [rows, hidden, log_stretch, columns, state.conv_state.numpy(), state.ssm_state.numpy()]
+        arguments += [*self.mixer.arrays(), *(value.detach().numpy() for value in weights), traced]
+        trace: tuple[Any, ...] = block_rows(*arguments)
+        return trace

@@ -1,4 +1,4 @@
-"""A compiled loop over the rows of a decoding batch: the density features of one byte per sequence.
+"""A compiled loop over the rows of a decoding batch: the density of one byte per sequence.
 
 A step of the model on a CPU takes a few milliseconds, and a hundred tiny tensor operations would be a third of it. The
 plain twin is ``InformationDensityAnalyzer.step``; it serves other devices, and the tests.
@@ -20,6 +20,11 @@ _TINY = 1e-12
 
 
 @njit(cache=True)
+def _softplus(value: float) -> float:  # pragma: no cover - compiled
+    return max(value, 0.0) + math.log1p(math.exp(-abs(value)))
+
+
+@njit(cache=True)
 def _entropy_term(share: float) -> float:  # pragma: no cover - compiled
     return -share * math.log(share) if share > 0.0 else 0.0
 
@@ -36,16 +41,6 @@ def _predictive_entropy(logits: Singles) -> float:  # pragma: no cover - compile
         total += mass
         weighted += mass * score
     return (math.log(total) - weighted / total) / math.log(2.0)
-
-
-@njit(cache=True, fastmath={"reassoc", "contract"})
-def _squared_distance(one: Singles, other: Singles) -> float:  # pragma: no cover - compiled
-    """Sum of squared differences of two flat arrays."""
-    total = np.float32(0.0)
-    for index in range(one.shape[0]):
-        difference = one[index] - other[index]
-        total += difference * difference
-    return float(total)
 
 
 @njit(cache=True)
@@ -99,29 +94,34 @@ def _look_back(
 
 
 @njit(cache=True)
-def features_rows(
+def density_rows(
     rows: Integers,
     logits: Singles,
-    query: Singles,
     key: Singles,
+    query: Singles,
     dt: Singles,
-    decay_rate: Singles,
-    before: Singles,
-    after: Singles,
+    steps_log_decay: Singles,
+    change: Floats,
     keys: Singles,
     weights: Singles,
     log_decay: Singles,
     mass: Singles,
     seen: Integers,
+    mean: Singles,
+    std: Singles,
+    raw_weight: Singles,
+    bias: Singles,
 ) -> Floats:  # pragma: no cover - compiled
-    """The analyzer's features [n, 4] for some rows of a batch; their state is advanced in place.
+    """Density [n] in bits for some rows of a batch; their state is advanced in place.
 
     Args:
-        rows: [n] which rows. logits: [n, V] of the early exit, for those rows. query, key: [B, N]. dt: [B, H].
-        decay_rate: [H], the A of the recurrence. before, after: [B, H * P * N] the encoder's state.
+        rows: [n] which rows. logits: [n, V] of the early exit, for those rows. key, query, dt, steps_log_decay, change:
+            the trace of the encoder's last block, of all B rows.
         keys: [B, W, N]. weights, log_decay: [B, W, H]. mass: [B, H]. seen: [B]. These five are the analyzer's state.
+        mean, std, raw_weight: [4]. bias: []. The analyzer's weights.
     """
-    features = np.empty((rows.shape[0], 4))
+    density = np.empty(rows.shape[0])
+    features = np.empty(4)
     for i in range(rows.shape[0]):
         b = rows[i]
         square = 0.0
@@ -134,12 +134,16 @@ def features_rows(
         keys[b, -1] = key[b]
         weights[b, -1] = dt[b]
         for h in range(dt.shape[1]):
-            log_decay[b, -1, h] = dt[b, h] * decay_rate[h]
+            log_decay[b, -1, h] = steps_log_decay[b, h]
             mass[b, h] = mass[b, h] * math.exp(log_decay[b, -1, h]) + dt[b, h] * length
         seen[b] += 1
         entropy, distance = _look_back(query[b], keys[b], weights[b], log_decay[b], mass[b], seen[b])
-        features[i, 0] = math.log1p(math.sqrt(_squared_distance(after[b], before[b])))
-        features[i, 1] = entropy
-        features[i, 2] = distance
-        features[i, 3] = _predictive_entropy(logits[i])
-    return features
+        features[0] = math.log1p(math.sqrt(change[b]))
+        features[1] = entropy
+        features[2] = distance
+        features[3] = _predictive_entropy(logits[i])
+        total = float(bias[()])
+        for k in range(4):
+            total += (features[k] - mean[k]) / std[k] * _softplus(raw_weight[k])
+        density[i] = _softplus(total) + 1e-6
+    return density

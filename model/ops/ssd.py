@@ -33,7 +33,7 @@ class ScanResult:
 
 @dataclass(frozen=True, slots=True)
 class ScanTrace:
-    """The inner quantities of one call of a block, which the density analyzer reads. All without gradient."""
+    """The inner quantities of one pass of a block over L positions, which the density analyzer reads. No gradient."""
 
     x: Tensor
     """[B, L, H, P]."""
@@ -46,9 +46,27 @@ class ScanTrace:
     C: Tensor
     """[B, L, N]."""
     before: Tensor
-    """[B, c, H, P, N] state before each chunk (c = 1 for a step)."""
-    after: Tensor
-    """[B, H, P, N] state after the last position."""
+    """[B, c, H, P, N] state before each chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTrace:
+    """The same of one position, for n rows of a batch."""
+
+    B: Tensor
+    """[n, N]."""
+    C: Tensor
+    """[n, N]."""
+    dt: Tensor
+    """[n, H]."""
+    log_decay: Tensor
+    """[n, H] ``dt * A``."""
+    change: Tensor
+    """[n] float64, squared norm of the change of the state over all heads."""
+
+    def select(self, index: Tensor) -> StepTrace:
+        """Some of the rows (LongTensor)."""
+        return StepTrace(*(value[index] for value in (self.B, self.C, self.dt, self.log_decay, self.change)))
 
 
 def segment_decay(log_decay: Tensor, *, strict: bool = False) -> Tensor:

@@ -63,6 +63,7 @@ def train(run: Run, shape: ModelConfig, config: TrainingConfig) -> AdaptiveAtten
     held_out = Corpus.open(run.corpus, "valid", run.weights)
     torch.manual_seed(config.seed)
     model = load_checkpoint(run.initial) if run.initial else AdaptiveAttentionSystem(shape)
+    model.config.require_bytes()
     model.requires_grad_(True).to(run.device).train()
     optimizer = AdaptiveOptimizer(model, config)
     earlier = _bytes_before(run)

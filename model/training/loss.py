@@ -39,7 +39,7 @@ def compute_loss(
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     state = model.allocate_state(len(tokens))
     encoded = model.encode(inputs, state.encoder)
-    full_logits = model.head(model.combine(encoded, None, state))
+    full_logits = model.head(model.combine(encoded.hidden, None, state))
     full = cross_entropy(full_logits, targets)
     loss = Loss(full.mean(), {"full": full.mean().item() / math.log(2.0)})
     if reduced is None:
@@ -53,7 +53,7 @@ def compute_loss(
         model.density.update_statistics(features, reduced.momentum)
     density = model.density.combine(features)
     fires = choose_fires(model.tiles, density.detach(), reduced)
-    logits = model.head(model.combine(encoded, fires, state))
+    logits = model.head(model.combine(encoded.hidden, fires, state))
     cost = cross_entropy(logits, targets)
     # One sequence is enough for the divergence: it is an average over thousands of positions already.
     divergence = (

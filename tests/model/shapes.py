@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
+import model.layers.mamba2
+import model.lm
 from model.adaptive.tiling import RATES
 from model.config import ModelConfig
 from model.lm import AdaptiveAttentionSystem
+from model.ops.ssd import StepTrace
+from model.state import ModelState
 
 SMALL = ModelConfig(
     name="small",
@@ -61,3 +66,20 @@ def step_through(
     state = model.allocate_state(len(tokens), d_state=d_state)
     outputs = [model.step(column, state, rates) for column in tokens.unbind(1)]
     return torch.stack([o.logits for o in outputs], 1), torch.stack([o.fired for o in outputs], 1)
+
+
+def encode_one(
+    system: AdaptiveAttentionSystem, column: torch.Tensor, state: ModelState
+) -> tuple[torch.Tensor, StepTrace]:
+    """One position [B] through the encoder, whose state is advanced; its output and the last block's trace."""
+    hidden, everyone = system.embedding(column), torch.arange(len(column))
+    full = torch.full_like(everyone, SMALL.d_state)
+    for block, block_state in zip(system.encoder, state.encoder, strict=True):
+        hidden, trace = block.step(hidden, block_state, everyone, None, full)
+    return hidden, trace
+
+
+def without_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run what other devices run."""
+    for module in (model.lm, model.layers.mamba2):
+        monkeypatch.setattr(module, "compiled", lambda _: False)

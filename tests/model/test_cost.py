@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import ModelConfig
 from model.cost import CostModel, Flops
-from tests.model.shapes import SMALL, random_model, random_tokens
+from tests.model.shapes import SMALL, random_model, random_tokens, without_compiled_code
 
 COST = CostModel(ModelConfig())
 
@@ -24,8 +24,11 @@ def recurrence(config: ModelConfig, width: int) -> int:
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.0])
-def test_matrix_products_of_a_step_are_counted_as_torch_counts_them(rate: float) -> None:
-    """A step multiplies matrices in its projections and its head only, four rows at a time."""
+def test_matrix_products_of_a_step_are_counted_as_torch_counts_them(
+    rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step multiplies matrices in its projections and its head only; the compiled loops are invisible to torch."""
+    without_compiled_code(monkeypatch)
     model, config, rows = random_model(), SMALL, 4
     state = model.allocate_state(rows)
     with FlopCounterMode(display=False) as counter:

@@ -9,7 +9,7 @@ import torch
 
 from model.adaptive.density import predictive_entropy, state_gradient
 from model.ops.ssd import ScanTrace, ssd_scan, ssd_step
-from tests.model.shapes import SMALL, random_model, random_tokens
+from tests.model.shapes import SMALL, encode_one, random_model, random_tokens
 
 H, P, N, L = 3, 4, 6, 45
 
@@ -19,7 +19,7 @@ def make_trace(dtype: torch.dtype = torch.float64) -> ScanTrace:
     x, B, C = (torch.randn(2, L, *shape, dtype=dtype) for shape in ((H, P), (N,), (N,)))
     dt, A = torch.rand(2, L, H, dtype=dtype), -torch.rand(H, dtype=dtype)
     scan = ssd_scan(x, dt, A, B, C, initial_state=torch.randn(2, H, P, N, dtype=dtype), chunk_size=8)
-    return ScanTrace(x, dt, A, B, C, scan.chunk_states, scan.final_state)
+    return ScanTrace(x, dt, A, B, C, scan.chunk_states)
 
 
 def states(trace: ScanTrace) -> torch.Tensor:
@@ -90,13 +90,7 @@ def test_features_of_steps_equal_those_of_a_pass() -> None:
         encoded = model.encode(tokens, state.encoder)
         whole, _ = model.density(model.exit_head(encoded.hidden), encoded.trace, state.density)
         for column in tokens.unbind(1):
-            hidden = model.embedding(column)
-            after = []
-            for block, block_state in zip(model.encoder, state.encoder, strict=True):
-                update, new, trace = block.step(hidden, block_state)
-                hidden = hidden + update
-                after.append(new)
-            state.encoder = tuple(after)
+            hidden, trace = encode_one(model, column, state)
             features, state.density = model.density.step(model.exit_head(hidden), trace, state.density)
             rows.append(features)
     torch.testing.assert_close(torch.stack(rows, 1), whole, atol=1e-4, rtol=1e-4)

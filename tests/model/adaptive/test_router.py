@@ -15,18 +15,18 @@ def test_a_fresh_update_is_passed_on_as_it_is_and_fades_with_age() -> None:
 
 def test_a_state_goes_up_with_zeros_and_comes_down_unchanged() -> None:
     router, small = random_model().router, torch.randn(2, 3, 4, 4)
-    large = router.route_states(small, 16)
+    large = router.route_states(small, torch.tensor([16, 16]))
     assert torch.equal(large[..., :4], small)
     assert not large[..., 4:].any()
-    assert torch.equal(router.route_states(large, 4), small)
+    assert torch.equal(router.route_states(large, torch.tensor([4, 4])), small)
 
 
 def test_going_down_folds_in_what_is_cut_off() -> None:
     router, large = random_model().router, torch.randn(2, 3, 4, 16)
     expected = large[..., :8] + large[..., 8:] @ router.fold["8"].t()
-    torch.testing.assert_close(router.route_states(large, 8), expected)
+    torch.testing.assert_close(router.route_states(large, torch.tensor([8, 8])), expected)
 
 
 def test_other_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="d_state = 5 must be one of"):
-        random_model().router.route_states(torch.zeros(1, 1, 1, 16), 5)
+        random_model().router.route_states(torch.zeros(1, 1, 1, 16), torch.tensor([5]))

@@ -6,25 +6,10 @@ import pytest
 import torch
 
 from model.adaptive.controller import advance, fire_step
-from model.lm import AdaptiveAttentionSystem
-from model.ops.features import features_rows
-from model.ops.ssd import ScanTrace
+from model.ops.features import density_rows
+from model.ops.recurrent import block_rows
 from model.ops.tiling import fire_rows
-from model.state import ModelState
-from tests.model.shapes import random_model, random_tokens, step_through
-
-
-def encode_one(
-    model: AdaptiveAttentionSystem, column: torch.Tensor, state: ModelState
-) -> tuple[torch.Tensor, ScanTrace]:
-    """One position through the encoder, whose state is replaced."""
-    hidden, after = model.embedding(column), []
-    for block, block_state in zip(model.encoder, state.encoder, strict=True):
-        update, new, trace = block.step(hidden, block_state)
-        hidden = hidden + update
-        after.append(new)
-    state.encoder = tuple(after)
-    return hidden, trace
+from tests.model.shapes import encode_one, random_model, random_tokens, step_through, without_compiled_code
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -32,14 +17,16 @@ def test_compiled_density_and_its_state_equal_the_plain_ones(batch: int) -> None
     model, tokens = random_model(), random_tokens(batch, 40)
     rows = torch.arange(0, batch, 2)
     state, plain = model.allocate_state(batch), model.allocate_state(batch).density.gather(rows)
-    for column in tokens.unbind(1):
-        hidden, trace = encode_one(model, column, state)
-        exit_logits = model.exit_head(hidden[rows])
-        compiled = model.density.step_rows(exit_logits, trace, state.density, rows)
-        part = ScanTrace(*(value if value is trace.A else value[rows] for value in (
-            trace.x, trace.dt, trace.A, trace.B, trace.C, trace.before, trace.after)))  # fmt: skip
-        features, plain = model.density.step(exit_logits, part, plain)
-        torch.testing.assert_close(compiled.float(), model.density.combine(features), atol=1e-5, rtol=2e-4)
+    with torch.inference_mode():
+        for column in tokens.unbind(1):
+            hidden, trace = encode_one(model, column, state)
+            exit_logits = model.exit_head(hidden[rows])
+            arrays = [value.numpy() for value in (trace.B, trace.C, trace.dt, trace.log_decay, trace.change)]
+            compiled = model.density.step_rows(exit_logits.numpy(), arrays, state.density, rows.numpy())
+            features, plain = model.density.step(exit_logits, trace.select(rows), plain)
+            torch.testing.assert_close(
+                torch.from_numpy(compiled).float(), model.density.combine(features), atol=1e-5, rtol=2e-4
+            )
     for mine, other in zip(state.density.gather(rows).tensors(), plain.tensors(), strict=True):
         torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-5)
     others = torch.arange(1, batch, 2)
@@ -53,11 +40,11 @@ def test_the_compiled_rule_fires_where_the_plain_one_does() -> None:
     densities = torch.rand(300, 4, generator=torch.Generator().manual_seed(0)).double() ** 3
     count = 0
     for density in densities:
-        compiled = model.tiles.fire_rows(density, rates, router, rows)
+        compiled = model.tiles.fire_rows(density.numpy(), rates.numpy(), router, rows.numpy())
         part = router.gather(rows)
         log_threshold = model.tiles.log_threshold(rates[rows])
         plain = fire_step(density, rates[rows], log_threshold, model.tiles.tau, part, (1, 64))
-        assert torch.equal(compiled, plain)
+        assert compiled.tolist() == plain.tolist()
         count += int(plain.sum())
         advance(part, plain, rates[rows])
         router.scatter_(rows, part)
@@ -71,7 +58,7 @@ def test_every_batch_size_runs_the_same_compiled_code() -> None:
         state = model.allocate_state(batch)
         for column in random_tokens(batch, 3).unbind(1):
             model.step(column, state, torch.full((batch,), 0.5, dtype=torch.float64))
-    assert len(features_rows.signatures) == len(fire_rows.signatures) == 1
+    assert len(density_rows.signatures) == len(fire_rows.signatures) == len(block_rows.signatures) == 1
 
 
 def test_a_step_without_compiled_code_is_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +66,38 @@ def test_a_step_without_compiled_code_is_the_same_step(monkeypatch: pytest.Monke
     model, tokens = random_model(), random_tokens(4, 80)
     rates = torch.tensor([0.5, 1.0, 0.1, 0.0], dtype=torch.float64)
     compiled = step_through(model, tokens, rates)
-    monkeypatch.setattr(AdaptiveAttentionSystem, "_decide_compiled", AdaptiveAttentionSystem._decide)
+    without_compiled_code(monkeypatch)
     plain = step_through(model, tokens, rates)
     assert torch.equal(plain[1], compiled[1])
-    assert torch.equal(plain[0], compiled[0])
+    torch.testing.assert_close(plain[0], compiled[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 50])
+@pytest.mark.parametrize("columns", [None, [16, 4, 8]])
+def test_the_compiled_mixer_is_the_plain_one(
+    length: int, columns: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = random_model().trunk[0]
+    state = block.mixer.zero_state(3, torch.device("cpu"))
+    torch.manual_seed(length)
+    options = {"columns": None if columns is None else torch.tensor(columns)}
+    lengths = torch.tensor([length, length // 2, 0])
+    results = []
+    for plain in (False, True):
+        if plain:
+            without_compiled_code(monkeypatch)
+        torch.manual_seed(length)
+        with torch.no_grad():
+            first = torch.randn(3, 20, block.mixer.width)
+            _, now, _ = block(first, state, torch.full((3, 20), 2.0), **options)
+            kept = now.map(torch.clone)
+            hidden, stretch = torch.randn(3, length, block.mixer.width), torch.randint(1, 9, (3, length)).float()
+            output, after, trace = block(hidden, now, stretch, lengths=lengths, **options)
+        for given, before in zip(now.tensors(), kept.tensors(), strict=True):
+            assert torch.equal(given, before), "the state that was given is not changed"
+        for passed, before in zip(after.tensors(), kept.tensors(), strict=True):
+            assert torch.equal(passed[2], before[2]), "padding leaves a state alone"
+        counts = torch.arange(length) < lengths.unsqueeze(1)
+        results.append([output[counts], *after.tensors(), trace.x[counts], trace.B[counts], trace.C[counts], trace.dt])
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)

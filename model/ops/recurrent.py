@@ -1,0 +1,350 @@
+"""Compiled loops of the Mamba-2 block on a CPU: all but the projections of a pass, and the whole of a decoding step.
+
+A decoding step is a few milliseconds of tensor operations that each do next to nothing; compiled, it is bound by
+reading the weights once. Every row of a batch is computed by the same instructions whatever stands beside it, so its
+result has the same bits. The plain twins are the tensor operations of :mod:`model.layers.mamba2`.
+
+Symbols as in :mod:`model.ops.ssd`; n rows of a batch of B take part in a step.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numba import njit
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.ops.tiling import Booleans, Floats, Integers
+
+Singles = NDArray[np.float32]
+
+# Sums may be reordered into vector registers; infinities and NaN keep their meaning.
+_VECTORS = {"reassoc", "contract", "nsz"}
+_ONE = np.float32(1.0)
+
+
+def compiled(x: Tensor) -> bool:
+    """Whether the compiled loops take this tensor: fp32, on a CPU, and nobody will ask for its gradient."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+@njit(inline="always")
+def _exp(x: np.float32) -> np.float32:  # pragma: no cover - compiled
+    """The exponential to a relative error of 1e-7, in operations that fill vector registers; never 0 nor infinite.
+
+    Range reduction by log 2 and the polynomial of Cephes' ``expf`` (Moshier 1989).
+    """
+    x = min(max(x, np.float32(-87.0)), np.float32(88.0))
+    whole = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    r = (x - whole * np.float32(0.693359375)) + whole * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + _ONE
+    bits = np.int32((np.int32(whole) + np.int32(127)) << np.int32(23))
+    return np.float32(p * bits.view(np.float32))
+
+
+@njit(cache=True, nogil=True, fastmath=_VECTORS)
+def _dot(one: Singles, other: Singles) -> np.float32:  # pragma: no cover - compiled
+    total = np.float32(0.0)
+    for d in range(one.shape[0]):
+        total = np.float32(total + one[d] * other[d])
+    return total
+
+
+@njit(cache=True, nogil=True)
+def project_rows(x: Singles, weight: Singles) -> Singles:  # pragma: no cover - compiled
+    """``x @ weight.T``: [n, D] and [V, D] to [n, V], a row's bits the same for every n."""
+    y = np.empty((x.shape[0], weight.shape[0]), np.float32)
+    for v in range(weight.shape[0]):
+        for i in range(x.shape[0]):
+            y[i, v] = _dot(x[i], weight[v])
+    return y
+
+
+@njit(cache=True, nogil=True)
+def norm_rows(x: Singles, weight: Singles, eps: float) -> Singles:  # pragma: no cover - compiled
+    """RMS normalisation of the rows of x [n, D]."""
+    y = np.empty_like(x)
+    for i in range(x.shape[0]):
+        scale = np.float32(1.0 / math.sqrt(_dot(x[i], x[i]) / x.shape[1] + eps))
+        for d in range(x.shape[1]):
+            y[i, d] = x[i, d] * scale * weight[d]
+    return y
+
+
+@njit(cache=True, nogil=True, fastmath=_VECTORS, error_model="numpy")
+def _add_tap(total: Singles, values: Singles, weight: Singles) -> None:  # pragma: no cover - compiled
+    for c in range(total.shape[0]):
+        total[c] += values[c] * weight[c]
+
+
+@njit(cache=True, nogil=True, fastmath=_VECTORS, error_model="numpy")
+def _silu(values: Singles) -> None:  # pragma: no cover - compiled
+    for c in range(values.shape[0]):
+        values[c] = values[c] / (_ONE + _exp(-values[c]))
+
+
+@njit(cache=True, nogil=True, fastmath=_VECTORS, error_model="numpy")
+def _skip_and_gate(y: Singles, x: Singles, skip: np.float32, z: Singles) -> None:  # pragma: no cover - compiled
+    """``(y + D x) * silu(z)`` of one head at one position, in place."""
+    for p in range(y.shape[0]):
+        y[p] = (y[p] + skip * x[p]) * (z[p] / (_ONE + _exp(-z[p])))
+
+
+@njit(cache=True, nogil=True)
+def _scale_keys(
+    mixed: Singles, inner: int, d_state: int, columns: int, levels: Integers, level_scale: Singles
+) -> None:  # pragma: no cover - compiled
+    """Scale C for the level of ``columns``, and zero the columns of B and C that do not run."""
+    if columns == d_state:
+        return
+    scale = _ONE
+    for level in range(level_scale.shape[0]):
+        if levels[level] == columns:
+            scale = level_scale[level]
+    for n in range(d_state):
+        mixed[inner + n] *= np.float32(n < columns)
+        mixed[inner + d_state + n] *= scale * np.float32(n < columns)
+
+
+@njit(cache=True, nogil=True)
+def _step_size(
+    raw: np.float32, exponent: np.float32, log_stretch: np.float32, least: float, most: float
+) -> np.float32:  # pragma: no cover - compiled
+    """dt: softplus, limits, stretch."""
+    size = float(max(raw, np.float32(0.0)) + np.float32(math.log1p(math.exp(-abs(raw)))))
+    return np.float32(min(max(size, least), most) * math.exp(exponent * log_stretch))
+
+
+@njit(cache=True, nogil=True, fastmath=_VECTORS)
+def _advance_head(
+    state: Singles,
+    columns: int,
+    x: Singles,
+    key: Singles,
+    query: Singles,
+    step: np.float32,
+    decay: np.float32,
+    out: Singles,
+) -> None:  # pragma: no cover - compiled
+    """One position of one head: state [P, N] in place, ``out`` [P] written.
+
+    Only the columns that run are touched: the bits of a row must not depend on how wide its neighbours are.
+    """
+    for p in range(x.shape[0]):
+        added = step * x[p]
+        row = state[p]
+        read = np.float32(0.0)
+        for n in range(columns):
+            value = row[n] * decay + added * key[n]
+            row[n] = value
+            read += value * query[n]
+        out[p] = read
+
+
+@njit(cache=True, nogil=True, fastmath=_VECTORS)
+def _distance(one: Singles, other: Singles) -> float:  # pragma: no cover - compiled
+    total = np.float32(0.0)
+    for p in range(one.shape[0]):
+        for n in range(one.shape[1]):
+            total += (one[p, n] - other[p, n]) * (one[p, n] - other[p, n])
+    return float(total)
+
+
+@njit(cache=True, nogil=True)
+def mixer_rows(
+    projected: Singles,
+    log_stretch: Singles,
+    lengths: Integers,
+    columns: Integers,
+    conv_state: Singles,
+    ssm_state: Singles,
+    before: Singles,
+    chunk_size: int,
+    levels: Integers,
+    level_scale: Singles,
+    conv_weight: Singles,
+    conv_bias: Singles,
+    dt_bias: Singles,
+    A_log: Singles,
+    D: Singles,
+    gate_norm: Singles,
+    exponent: Singles,
+    least_dt: float,
+    most_dt: float,
+    eps: float,
+) -> tuple[Singles, Singles, Singles]:  # pragma: no cover - compiled
+    """What a mixer does between its two projections, over L positions.
+
+    A head's state stays in the nearest cache from the first position to the last. At the sizes of a small model that is
+    less work than the matrix products of a chunked scan.
+
+    Args:
+        projected: [B, L, z | x B C | dt]. log_stretch: [B, L] logarithm of the bytes that a step stands for.
+        lengths: [B] positions that count. columns: [B] of the state that run, at most N.
+        conv_state: [B, d_conv - 1, C]. ssm_state: [B, H, P, N]. Both are advanced in place.
+        before: [B, c, H, P, N], filled with the state before each chunk of ``chunk_size`` positions that counts.
+        levels: sizes that the state may run at. level_scale: of C at each of them but the last.
+        conv_weight: [C, d_conv]. conv_bias: [C]. dt_bias, A_log, D: [H]. gate_norm: [HP]. exponent: [H], of the
+            stretch. least_dt, most_dt: limits of the step size.
+
+    Returns:
+        gated and normalised outputs [B, L, HP], x B C [B, L, C], and dt [B, L, H].
+    """
+    batch, length = projected.shape[:2]
+    heads, headdim = ssm_state.shape[1:3]
+    inner = heads * headdim
+    channels, taps = conv_weight.shape
+    d_state = (channels - inner) // 2
+    by_tap = conv_weight.T.copy()
+    mixed = np.empty((batch, length, channels), np.float32)
+    steps = np.zeros((batch, length, heads), np.float32)
+    gated = np.zeros((batch, length, inner), np.float32)
+    for b in range(batch):
+        count = lengths[b]
+        raw = projected[b, :, inner : inner + channels]
+        for t in range(length):
+            mixed[b, t] = conv_bias
+            for k in range(taps):
+                at = t + k - (taps - 1)
+                _add_tap(mixed[b, t], raw[at] if at >= 0 else conv_state[b, at + taps - 1], by_tap[k])
+            _silu(mixed[b, t])
+            _scale_keys(mixed[b, t], inner, d_state, columns[b], levels, level_scale)
+        for k in range(taps - 1):
+            at = count + k - (taps - 1)
+            conv_state[b, k] = raw[at] if at >= 0 else conv_state[b, at + taps - 1]
+        for h in range(heads):
+            now, part = ssm_state[b, h], slice(h * headdim, (h + 1) * headdim)
+            for t in range(count):
+                if t % chunk_size == 0:
+                    before[b, t // chunk_size, h] = now
+                size = projected[b, t, inner + channels + h] + dt_bias[h]
+                size = _step_size(size, exponent[h], log_stretch[b, t], least_dt, most_dt)
+                steps[b, t, h] = size
+                x, out = mixed[b, t, part], gated[b, t, part]
+                decay = np.float32(math.exp(-size * math.exp(A_log[h])))
+                key, query = mixed[b, t, inner:], mixed[b, t, inner + d_state :]
+                _advance_head(now, columns[b], x, key, query, size, decay, out)
+                _skip_and_gate(out, x, D[h], projected[b, t, part])
+        gated[b] = norm_rows(gated[b], gate_norm, eps)
+    return gated, mixed, steps
+
+
+@njit(cache=True, nogil=True)
+def block_rows(
+    rows: Integers,
+    hidden: Singles,
+    log_stretch: Singles,
+    columns: Integers,
+    conv_state: Singles,
+    ssm_state: Singles,
+    levels: Integers,
+    level_scale: Singles,
+    conv_weight: Singles,
+    conv_bias: Singles,
+    dt_bias: Singles,
+    A_log: Singles,
+    D: Singles,
+    gate_norm: Singles,
+    exponent: Singles,
+    least_dt: float,
+    most_dt: float,
+    eps: float,
+    norm: Singles,
+    in_proj: Singles,
+    out_proj: Singles,
+    traced: bool,
+) -> tuple[Singles, Singles, Singles, Singles, Floats]:  # pragma: no cover - compiled
+    """One decoding step of a residual block for some rows of a batch; their state is advanced in place.
+
+    Args:
+        rows: [n] rows of the state. hidden: [n, D], the residual update is added in place.
+        log_stretch: [n]. columns: [n]. norm: [D]. in_proj: [z | x B C | dt, D]. out_proj: [D, HP].
+        traced: whether the change of the state is wanted; 0 if not. All others as in :func:`mixer_rows`.
+
+    Returns:
+        What a :class:`~model.ops.ssd.StepTrace` holds, in its order.
+    """
+    count = rows.shape[0]
+    heads, headdim = ssm_state.shape[1:3]
+    inner = heads * headdim
+    channels, taps = conv_weight.shape
+    d_state = (channels - inner) // 2
+    by_tap = conv_weight.T.copy()
+    projected = project_rows(norm_rows(hidden, norm, eps), in_proj)
+    keys = np.empty((count, d_state), np.float32)
+    queries = np.empty((count, d_state), np.float32)
+    steps = np.empty((count, heads), np.float32)
+    log_decay = np.empty((count, heads), np.float32)
+    change = np.zeros(count)
+    gated = np.empty((count, inner), np.float32)
+    mixed = np.empty(channels, np.float32)
+    old = np.empty(ssm_state.shape[2:], np.float32)
+    for i in range(count):
+        window, new = conv_state[rows[i]], projected[i, inner : inner + channels]
+        mixed[:] = conv_bias
+        for k in range(taps - 1):
+            _add_tap(mixed, window[k], by_tap[k])
+        _add_tap(mixed, new, by_tap[taps - 1])
+        _silu(mixed)
+        _scale_keys(mixed, inner, d_state, columns[i], levels, level_scale)
+        for k in range(taps - 2):
+            window[k] = window[k + 1]
+        window[taps - 2] = new
+        keys[i], queries[i] = mixed[inner : inner + d_state], mixed[inner + d_state :]
+        for h in range(heads):
+            now, part = ssm_state[rows[i], h], slice(h * headdim, (h + 1) * headdim)
+            size = projected[i, inner + channels + h] + dt_bias[h]
+            steps[i, h] = _step_size(size, exponent[h], log_stretch[i], least_dt, most_dt)
+            log_decay[i, h] = -steps[i, h] * math.exp(A_log[h])
+            x, out, decay = mixed[part], gated[i, part], np.float32(math.exp(log_decay[i, h]))
+            if traced:
+                old[:] = now
+            _advance_head(now, columns[i], x, keys[i], queries[i], steps[i, h], decay, out)
+            if traced:
+                change[i] += _distance(now, old)
+            _skip_and_gate(out, x, D[h], projected[i, part])
+    hidden += project_rows(norm_rows(gated, gate_norm, eps), out_proj)
+    return keys, queries, steps, log_decay, change
+
+
+@njit(cache=True, nogil=True)
+def hold_rows(
+    fired: Booleans,
+    rates: Floats,
+    hidden: Singles,
+    raw_fading: Singles,
+    held: Singles,
+    last_fire: Integers,
+    fires: Integers,
+    quota: Floats,
+    positions: Integers,
+) -> Singles:  # pragma: no cover - compiled
+    """``hidden + rho(age) * held`` [B, D] after accounting for one byte: the twin of ``advance`` and ``fade``.
+
+    Args:
+        fired: [B]. rates: [B]. hidden: [B, D]. raw_fading: [D]. held: [B, D].
+        last_fire, fires, quota, positions: [B] the router's state, advanced in place.
+    """
+    output = hidden.copy()
+    power = np.empty_like(raw_fading)
+    for d in range(power.shape[0]):
+        power[d] = max(raw_fading[d], np.float32(0.0)) + np.float32(math.log1p(math.exp(-abs(raw_fading[d]))))
+    for b in range(fired.shape[0]):
+        positions[b] += 1
+        quota[b] += rates[b]
+        if fired[b]:
+            fires[b] += 1
+            last_fire[b] = positions[b]
+        log_age = np.float32(math.log1p(positions[b] - last_fire[b]))
+        for d in range(hidden.shape[1]):
+            output[b, d] += np.float32(math.exp(-power[d] * log_age)) * held[b, d]
+    return output
