@@ -50,6 +50,8 @@ class ModelConfig(StrictModel):
     """Bytes planned (and prefilled) together, counted from the start of the sequence."""
     density_window: Positive = 32
     """Keys that the attention features look back at one by one; older ones are lumped together."""
+    window_size: Positive = 64
+    """Bytes over which the density that decides where the trunk runs is averaged, causally."""
     norm_eps: float = Field(default=1e-5, gt=0.0, lt=1e-2)
 
     @model_validator(mode="after")

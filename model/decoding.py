@@ -70,9 +70,10 @@ def step_plain(system: System, tokens: Tensor, state: ModelState, rates: Tensor)
     if len(chosen):
         logits = nn.functional.linear(system.exit_norm(hidden[chosen]), system.head_weight)
         features, after = system.density.step(logits, trace.select(chosen), state.density.gather(chosen))
+        density = system.density.smooth_step(system.density.combine(features), after)
         state.density.scatter_(chosen, after)
         fired[chosen] = fire_step(
-            system.density.combine(features), rates[chosen], system.tiles.log_threshold(rates[chosen]),
+            density, rates[chosen], system.tiles.log_threshold(rates[chosen]), system.tiles.log_spread.exp(),
             system.tiles.tau, router.gather(chosen), (system.tiles.min_tile_size, system.tiles.max_tile_size),
         )  # fmt: skip
     age = router.positions + 1 - router.last_fire

@@ -199,11 +199,11 @@ class AdaptiveAttentionSystem(nn.Module):
 
     @torch.inference_mode()
     def analyse(self, tokens: Tensor) -> Tensor:
-        """Density [B, L] in bits of whole sequences [B, L]."""
+        """Smoothed density [B, L] in bits (float64), by which the trunk's places are chosen, of sequences [B, L]."""
         state = self.allocate_state(len(tokens))
         encoded = self.encode(tokens, state.encoder)
-        features, _ = self.density(self.exit_head(encoded.hidden), encoded.trace, state.density)
-        return self.density.combine(features)
+        features, after = self.density(self.exit_head(encoded.hidden), encoded.trace, state.density)
+        return torch.from_numpy(self.density.smooth(self.density.combine(features), state.density, after))
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, state: ModelState, rate: float, *, predict: bool = True) -> PrefillOutput:
@@ -230,8 +230,9 @@ class AdaptiveAttentionSystem(nn.Module):
         """Fires of one block of one sequence; analyses it where the rate leaves a choice."""
         if not self.cost.analysed(rate):
             return np.full(encoded.hidden.shape[1], int(rate >= 1.0), np.uint8)
-        features, state.density = self.density(self.exit_head(encoded.hidden), encoded.trace, state.density)
-        density = self.density.combine(features)[0].double().cpu().numpy()
+        before = state.density
+        features, state.density = self.density(self.exit_head(encoded.hidden), encoded.trace, before)
+        density = self.density.smooth(self.density.combine(features), before, state.density)[0]
         router = state.router
         position, last_fire, fires = (int(count) for count in (router.positions, router.last_fire, router.fires))
         pace = Pace(position, last_fire, fires, router.quota.item())

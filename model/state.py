@@ -87,6 +87,8 @@ class DensityState(Rows):
     """[B, H] decayed sum of ``dt * |key|`` over every position so far."""
     seen: Tensor
     """[B] int64, positions analysed."""
+    level: Tensor
+    """[B] float64, the smoothed density at the last of them, in bits."""
 
 
 @dataclass(slots=True)

@@ -9,32 +9,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from model.ops.tiling import INERTIA
 from model.state import RouterState
 
 
-def quota_error(fires: Tensor, quota: Tensor, positions: Tensor) -> Tensor:
+def quota_error(fires: Tensor, quota: Tensor, positions: Tensor, rates: Tensor) -> Tensor:
     """Fires ahead (positive) or behind (negative) of the quota, in units of the tolerated gap.
 
-    The gap is 6 fires, or 1.2 % of the bytes read where that is more: enough room to save fires for a dense passage,
-    little enough to be within a few percent of the budget after 2,048 bytes. The plain twin is
+    The gap is 6 fires, or 1.2 % of the bytes and 3 % of the fires due where that is more: enough room for stretches of
+    fires, little enough to be within a few percent of the budget after 2,048 bytes. The compiled twin is
     :func:`model.ops.tiling.pacing_error`.
     """
-    return (fires - quota) / (0.012 * positions).clamp_min(6.0)
+    return (fires - quota) / ((0.012 + 0.03 * rates) * positions).clamp_min(6.0)
 
 
-def adapt_resolution(log_threshold: Tensor, error: Tensor) -> Tensor:
-    """The corrected log threshold: gentle near the quota, a wall (cubic) one tolerated gap away from it."""
-    return log_threshold + error + 4.0 * error**3
+def adapt_resolution(log_threshold: Tensor, error: Tensor, spread: Tensor, running: Tensor) -> Tensor:
+    """The corrected log threshold [B]: gentle near the quota, a wall (cubic) one tolerated gap away from it.
+
+    Args:
+        log_threshold: [B]. error: [B] of the quota. spread: of the log density over text, the unit of the correction.
+        running: [B] bool, the byte before fired; a stretch of fires goes on more easily than it begins.
+    """
+    return log_threshold + spread * (error + 4.0 * error**3 + torch.where(running, -INERTIA, INERTIA))
 
 
 def fire_step(
-    density: Tensor, rates: Tensor, log_threshold: Tensor, tau: float, state: RouterState, sizes: tuple[int, int]
+    density: Tensor,
+    rates: Tensor,
+    log_threshold: Tensor,
+    spread: Tensor,
+    tau: float,
+    state: RouterState,
+    sizes: tuple[int, int],
 ) -> Tensor:
     """Which sequences fire at this byte; the batched twin of :func:`model.ops.tiling.fire_online`.
 
     Args:
         density: [B] bits. rates: [B] float64 in [0, 1]. log_threshold: [B] float64, calibrated for the rates.
-        tau: staleness constant in bytes. state: before this byte, not changed. sizes: least and most bytes per tile.
+        spread: of the log density over text. tau: staleness constant in bytes.
+        state: before this byte, not changed. sizes: least and most bytes per tile.
 
     Returns:
         [B] bool.
@@ -43,8 +56,8 @@ def fire_step(
     position = state.positions + 1
     never = state.last_fire == 0
     age = torch.where(never, most, position - state.last_fire)
-    error = quota_error(state.fires.double(), state.quota + rates, position)
-    threshold = adapt_resolution(log_threshold, error).clamp_max(700.0).exp()
+    error = quota_error(state.fires.double(), state.quota + rates, position, rates)
+    threshold = adapt_resolution(log_threshold, error, spread, age == 1).clamp_max(700.0).exp()
     staleness = -torch.expm1(-age.clamp_max(most).double() / tau)
     wants = (density.double() * staleness >= threshold) | ((age >= most) & (error < 1.0))
     return ((wants & (age >= least)) | (rates >= 1.0)) & (rates > 0.0)

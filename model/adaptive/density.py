@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.ops.features import Singles, density_rows
 from model.ops.ssd import ScanTrace, StepTrace, into_chunks, segment_decay, ssd_scan
-from model.ops.tiling import Floats, Integers
+from model.ops.tiling import Floats, Integers, smooth_rows
 from model.state import DensityState
 
 FEATURES = ("state_gradient", "attention_entropy", "temporal_distance", "predictive_entropy")
@@ -36,6 +37,7 @@ class InformationDensityAnalyzer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.window = config.density_window
+        self.window_size = config.window_size
         self.chunk_size = config.chunk_size
         self.heads = config.heads(config.d_model)
         self.d_state = config.d_state
@@ -52,12 +54,35 @@ class InformationDensityAnalyzer(nn.Module):
             log_decay=torch.zeros(batch, self.window, self.heads, device=device),
             mass=torch.zeros(batch, self.heads, device=device),
             seen=torch.zeros(batch, dtype=torch.int64, device=device),
+            level=torch.zeros(batch, dtype=torch.float64, device=device),
         )
 
     def combine(self, features: Tensor) -> Tensor:
         """Density [...] in bits, above 0, from raw features [..., 4]. Differentiable in the weights."""
         standard = (features - self.mean) / self.std
         return F.softplus((standard * F.softplus(self.raw_weight)).sum(-1) + self.bias) + 1e-6
+
+    @torch.no_grad()
+    def smooth(self, density: Tensor, before: DensityState, after: DensityState) -> Floats:
+        """The density [B, L] (float64, on the CPU) that decides where the trunk runs: averaged over ``window_size``.
+
+        An exponential average, a plain mean until the window is full. Smoothed, the trunk runs in stretches and not at
+        single bytes: it reads its neighbours through convolutions, and after a gap it is worth little for some bytes.
+
+        Args:
+            density: [B, L] bits. before, after: the analyzer's state around these positions; ``after`` gets the level.
+        """
+        levels = before.level.cpu().numpy().copy()
+        values = np.ascontiguousarray(density.double().cpu().numpy())
+        smoothed = smooth_rows(values, levels, before.seen.cpu().numpy(), self.window_size)
+        after.level.copy_(torch.from_numpy(levels))
+        return smoothed
+
+    @torch.no_grad()
+    def smooth_step(self, density: Tensor, state: DensityState) -> Tensor:
+        """The same at one position [B] (float64), its density state advanced in place; ``seen`` counts it already."""
+        state.level += (density.double() - state.level) / state.seen.clamp_max(self.window_size)
+        return state.level
 
     @torch.no_grad()
     def update_statistics(self, features: Tensor, momentum: float) -> None:
@@ -90,7 +115,7 @@ class InformationDensityAnalyzer(nn.Module):
         log_decay = torch.cat([state.log_decay[:, 1:], trace.log_decay.unsqueeze(1)], dim=1)
         norms = keys.norm(dim=-1, keepdim=True)
         mass = state.mass * trace.log_decay.exp() + trace.dt * norms[:, -1]
-        after = DensityState(keys, weights, log_decay, mass, state.seen + 1)
+        after = DensityState(keys, weights, log_decay, mass, state.seen + 1, state.level.clone())
         decay_sum = log_decay.flip(1).cumsum(1).flip(1) - log_decay  # from key j to now: positions after j
         decayed = weights * decay_sum.exp()  # [B, W, H]
         query = trace.C
@@ -102,14 +127,15 @@ class InformationDensityAnalyzer(nn.Module):
         return torch.stack([gradient, entropy, distance, predictive_entropy(exit_logits)], dim=-1), after
 
     def step_rows(self, exit_logits: Singles, trace: tuple[Any, ...], state: DensityState, rows: Integers) -> Floats:
-        """Density [n] of one position for the rows ``rows`` [n] of a batch on a CPU; the compiled fast path.
+        """Smoothed density [n] of one position for the rows ``rows`` [n] of a batch on a CPU; the compiled fast path.
 
         Args:
             exit_logits: [n, V], of those rows. trace: of the whole batch, as arrays. state: of the whole batch, its
                 ``rows`` advanced in place.
         """
         tensors = (*state.tensors(), self.mean, self.std, self.raw_weight, self.bias)
-        density: Floats = density_rows(*[rows, exit_logits, *trace], *[value.detach().numpy() for value in tensors])
+        arrays = [value.detach().numpy() for value in tensors]
+        density: Floats = density_rows(*[rows, exit_logits, *trace, *arrays, self.window_size])
         return density
 
     def _attention(self, trace: ScanTrace, state: DensityState) -> tuple[Tensor, Tensor, DensityState]:
@@ -140,7 +166,12 @@ class InformationDensityAnalyzer(nn.Module):
         entropy, distance = self._summarise(scores[:, :length] * decayed, past, seen)
         last = slice(keys.shape[1] - self.window, None)
         after = DensityState(
-            keys[:, last], weights[:, last], log_decay[:, last], total_mass.final_state[..., 0, 0], seen[:, -1]
+            keys[:, last],
+            weights[:, last],
+            log_decay[:, last],
+            total_mass.final_state[..., 0, 0],
+            seen[:, -1],
+            state.level.clone(),
         )
         return entropy, distance, after
 

@@ -34,6 +34,8 @@ from model.state import RouterState
 Plan = tuple[float, Bytes, int]
 """Logarithm of the price, fires, number of tiles."""
 
+ENTRY_TILES = 2.0
+"""What a plan pays to begin a stretch of fires after a gap, in prices of a tile."""
 RATES = tuple(2.0 ** (-k / 2.0) for k in range(14, -1, -1))
 """Fire rates at which thresholds and prices are calibrated, 1/128 to 1."""
 
@@ -65,11 +67,12 @@ class TileManager(nn.Module):
     """Chooses tiles by exact dynamic programming over blocks, or causally byte by byte.
 
     Holds what both need: the staleness constant tau (fitted in training) and, per fire rate, the calibrated threshold
-    (online rule) and price (dynamic programme), in logarithms of bits.
+    (online rule) and price (dynamic programme), in logarithms of bits, and the spread of the density.
     """
 
     log_thresholds: Tensor
     log_prices: Tensor
+    log_spread: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -80,11 +83,25 @@ class TileManager(nn.Module):
         start = torch.linspace(0.0, -4.0, len(RATES), dtype=torch.float64)
         self.register_buffer("log_thresholds", start.clone())
         self.register_buffer("log_prices", start.clone())
+        self.register_buffer("log_spread", torch.zeros((), dtype=torch.float64))
 
     @property
     def tau(self) -> float:
         """Staleness constant in bytes."""
         return math.exp(self.log_tau.item())
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the logarithm of the smoothed density over text."""
+        return math.exp(self.log_spread.item())
+
+    @torch.no_grad()
+    def update_spread(self, density: Floats, momentum: float) -> None:
+        """Move the spread towards that of smoothed densities [B, L], by ``momentum``."""
+        self.log_spread.lerp_(
+            torch.tensor(math.log(max(float(np.log(density).std()), 1e-6)), dtype=torch.float64).to(self.log_spread),
+            momentum,
+        )
 
     def staleness(self, age: Tensor) -> Tensor:
         """Share of a byte's density lost to a trunk that is ``age`` bytes old. Differentiable in tau."""
@@ -104,7 +121,8 @@ class TileManager(nn.Module):
         """
         values = np.ascontiguousarray(density, dtype=np.float64)
         table = staleness_table(self.tau, carry + len(values) + 1)
-        fires, _, _ = plan_block(values, table, price * compute_cost, carry, self.min_tile_size, self.max_tile_size)
+        bits = price * compute_cost
+        fires, _, _ = plan_block(values, table, bits, ENTRY_TILES * bits, carry, self.min_tile_size, self.max_tile_size)
         tiles, start = [], 0
         for end in np.flatnonzero(fires) + 1:
             inside = np.zeros(end - start, np.uint8)
@@ -134,7 +152,7 @@ class TileManager(nn.Module):
         table = staleness_table(self.tau, self.max_tile_size)
         counts = (router.last_fire.numpy(), router.fires.numpy(), router.quota.numpy(), router.positions.numpy())
         fired: Booleans = fire_rows(
-            rows, density, rates, self.log_thresholds.numpy(), RATES[0], table, *counts,
+            rows, density, rates, self.log_thresholds.numpy(), RATES[0], self.spread, table, *counts,
             self.min_tile_size, self.max_tile_size,
         )  # fmt: skip
         return fired
@@ -145,7 +163,7 @@ class TileManager(nn.Module):
             log_threshold = self.log_at(self.log_thresholds, rate)
         table = staleness_table(self.tau, self.max_tile_size)
         return fire_online(
-            density, table, rate, log_threshold, pace.last_fire, pace.fires, pace.quota, pace.position,
+            density, table, rate, log_threshold, self.spread, pace.last_fire, pace.fires, pace.quota, pace.position,
             self.min_tile_size, self.max_tile_size,
         )  # fmt: skip
 
@@ -171,7 +189,8 @@ class TileManager(nn.Module):
         longest = self.longest(rate)
 
         def solve(log_price: float) -> tuple[Bytes, int]:
-            fires, tiles, _ = plan_block(density, table, math.exp(log_price), carry, self.min_tile_size, longest)
+            price = math.exp(log_price)
+            fires, tiles, _ = plan_block(density, table, price, ENTRY_TILES * price, carry, self.min_tile_size, longest)
             return fires, tiles
 
         target = pace.quota + rate * length - pace.fires
@@ -186,8 +205,8 @@ class TileManager(nn.Module):
 
 
 def _slack(position: int, rate: float) -> float:
-    """Fires that a plan may be away from the quota after ``position`` bytes: 12, at most 0.8 % and 10 % of either."""
-    return max(min(12.0, 0.1 * rate * position), 0.008 * position * min(1.0, 4.0 * rate))
+    """Fires that a plan may be away from the quota: 12 or 10 % of those due, or 1 to 3 % of the bytes if more."""
+    return max(min(12.0, 0.1 * rate * position), (0.008 + 0.02 * rate) * position * min(1.0, 4.0 * rate))
 
 
 def _bounds(target: float, slack: float, length: int) -> tuple[int, int]:

@@ -73,8 +73,9 @@ class StrictEvaluation:
 
     def _density(self, encoded: Encoded, state: ModelState) -> Floats:
         exit_logits = self.model.exit_head(encoded.hidden)
-        features, state.density = self.model.density(exit_logits, encoded.trace, state.density)
-        density: Floats = self.model.density.combine(features)[0].double().cpu().numpy()
+        before = state.density
+        features, state.density = self.model.density(exit_logits, encoded.trace, before)
+        density: Floats = self.model.density.smooth(self.model.density.combine(features), before, state.density)[0]
         return density
 
     def _score(

@@ -107,18 +107,20 @@ def density_rows(
     log_decay: Singles,
     mass: Singles,
     seen: Integers,
+    level: Floats,
     mean: Singles,
     std: Singles,
     raw_weight: Singles,
     bias: Singles,
+    window_size: int,
 ) -> Floats:  # pragma: no cover - compiled
-    """Density [n] in bits for some rows of a batch; their state is advanced in place.
+    """Smoothed density [n] in bits for some rows of a batch; their state is advanced in place.
 
     Args:
         rows: [n] which rows. logits: [n, V] of the early exit, for those rows. key, query, dt, steps_log_decay, change:
             the trace of the encoder's last block, of all B rows.
-        keys: [B, W, N]. weights, log_decay: [B, W, H]. mass: [B, H]. seen: [B]. These five are the analyzer's state.
-        mean, std, raw_weight: [4]. bias: []. The analyzer's weights.
+        keys: [B, W, N]. weights, log_decay: [B, W, H]. mass: [B, H]. seen, level: [B]. The analyzer's state.
+        mean, std, raw_weight: [4]. bias: []. The analyzer's weights. window_size: bytes that the level averages over.
     """
     density = np.empty(rows.shape[0])
     features = np.empty(4)
@@ -145,5 +147,6 @@ def density_rows(
         total = float(bias[()])
         for k in range(4):
             total += (features[k] - mean[k]) / std[k] * _softplus(raw_weight[k])
-        density[i] = _softplus(total) + 1e-6
+        level[b] += (_softplus(total) + 1e-6 - level[b]) / min(seen[b], window_size)
+        density[i] = level[b]
     return density

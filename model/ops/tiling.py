@@ -18,6 +18,9 @@ Bytes = NDArray[np.uint8]
 Integers = NDArray[np.int64]
 Booleans = NDArray[np.bool_]
 
+INERTIA = 3.0
+"""Of the online rule, in units of the spread of the log density: what keeps stretches of fires together."""
+
 
 def staleness_table(tau: float, size: int) -> Floats:
     """``1 - exp(-age / tau)`` for age 0..size: the share of a byte's density lost to a trunk that is ``age`` old."""
@@ -27,16 +30,17 @@ def staleness_table(tau: float, size: int) -> Floats:
 
 @njit(cache=True)
 def plan_block(
-    density: Floats, staleness: Floats, price: float, carry: int, min_size: int, max_size: int
+    density: Floats, staleness: Floats, price: float, entry: float, carry: int, min_size: int, max_size: int
 ) -> tuple[Bytes, int, float]:  # pragma: no cover - compiled
     """The cheapest tiling of one block, exactly, by dynamic programming over tile ends.
 
-    Minimises ``sum of density * staleness(age) over bytes that do not fire + price * tiles``. The first tile may have
-    begun ``carry`` bytes before the block, and the last one may stay open (it costs staleness, but no tile).
+    Minimises ``sum of density * staleness(age) over bytes that do not fire + price * tiles + entry * tiles of more than
+    one byte``: after a gap the trunk is worth little for some bytes, so fires in a row cost less. The first tile may
+    have begun ``carry`` bytes before the block, and the last one may stay open (it costs staleness, but no tile).
 
     Args:
         density: [L] bits. staleness: [>= carry + L + 1] share lost by age. price: bits per tile.
-        carry: age that the byte before the block had (0: it fired).
+        entry: bits per tile of more than one byte. carry: age that the byte before the block had (0: it fired).
         min_size, max_size: bounds on bytes per tile; one that the carry already broke ends as soon as it may.
 
     Returns:
@@ -59,7 +63,7 @@ def plan_block(
                 break
             age += 1
             if age >= min_size:
-                cost = best[start] + loss + price
+                cost = best[start] + loss + price + (0.0 if age == 1 else entry)
                 if cost < best[byte + 1]:
                     best[byte + 1] = cost
                     back[byte + 1] = start
@@ -91,16 +95,35 @@ def tiling_loss(fires: Bytes, density: Floats, staleness: Floats, carry: int) ->
 
 
 @njit(cache=True)
-def pacing_error(fires: float, quota: float, position: float) -> float:  # pragma: no cover - compiled
+def smooth_rows(density: Floats, levels: Floats, seen: Integers, window: int) -> Floats:  # pragma: no cover - compiled
+    """A causal exponential average of densities [B, L] with weight 1 / min(positions, window).
+
+    Args:
+        density: [B, L]. levels: [B] the averages before, replaced by those after. seen: [B] positions before.
+    """
+    out = np.empty_like(density)
+    for b in range(density.shape[0]):
+        level = levels[b]
+        for t in range(density.shape[1]):
+            level += (density[b, t] - level) / min(seen[b] + t + 1, window)
+            out[b, t] = level
+        levels[b] = level
+    return out
+
+
+@njit(cache=True)
+def pacing_error(fires: float, quota: float, position: float, rate: float) -> float:  # pragma: no cover - compiled
     """Fires ahead (positive) or behind (negative) of the quota, in units of the tolerated gap at ``position``."""
-    return (fires - quota) / max(6.0, 0.012 * position)
+    return (fires - quota) / max(6.0, (0.012 + 0.03 * rate) * position)
 
 
 @njit(cache=True)
 def fires_now(
     density: float,
     staleness: Floats,
+    rate: float,
     log_threshold: float,
+    spread: float,
     last_fire: int,
     fires: float,
     quota: float,
@@ -110,18 +133,21 @@ def fires_now(
 ) -> bool:  # pragma: no cover - compiled
     """The causal firing rule at one byte, of a rate between 0 and 1.
 
-    Fires where ``density * staleness(age) >= exp(log_threshold + e + 4 e^3)``, e the pacing error, or where the tile is
-    full and the quota is not exceeded.
+    Fires where ``density * staleness(age) >= exp(log_threshold + spread * (e + 4 e^3 + i))``, e the pacing error, or
+    where the tile is full and the quota is not exceeded. The inertia i keeps a stretch of fires going (-) and delays
+    the next one (+).
 
     Args:
-        density: bits. staleness: table by age, its last entry serves all greater ages.
-        log_threshold: calibrated for the rate. last_fire, fires: before the byte. quota, position: the byte included.
+        density: bits. staleness: table by age, its last entry serves all greater ages. rate: allowed fires per byte.
+        log_threshold: calibrated for the rate. spread: of the log density over text. last_fire, fires: before the byte.
+        quota, position: the byte included.
     """
     age = position - last_fire if last_fire > 0 else max_size
     if age < min_size:
         return False
-    error = pacing_error(fires, quota, position)
-    threshold = math.exp(min(log_threshold + error + 4.0 * error**3, 700.0))
+    error = pacing_error(fires, quota, position, rate)
+    inertia = -INERTIA if age == 1 else INERTIA
+    threshold = math.exp(min(log_threshold + spread * (error + 4.0 * error**3 + inertia), 700.0))
     return bool(density * staleness[min(age, staleness.shape[0] - 1)] >= threshold or (age >= max_size and error < 1.0))
 
 
@@ -131,6 +157,7 @@ def fire_online(
     staleness: Floats,
     rate: float,
     log_threshold: float,
+    spread: float,
     last_fire: int,
     fires_before: int,
     quota: float,
@@ -142,7 +169,7 @@ def fire_online(
 
     Args:
         density: [L] bits. staleness: table by age, its last entry serves all greater ages.
-        rate: allowed fires per byte. log_threshold: calibrated for that rate.
+        rate: allowed fires per byte. log_threshold: calibrated for that rate. spread: of the log density over text.
         last_fire, fires_before, quota, position: the router's state before the first byte.
 
     Returns:
@@ -157,7 +184,7 @@ def fire_online(
         here = position + t + 1
         quota += rate
         if rate >= 1.0 or fires_now(
-            density[t], staleness, log_threshold, last_fire, fires, quota, here, min_size, max_size
+            density[t], staleness, rate, log_threshold, spread, last_fire, fires, quota, here, min_size, max_size
         ):
             out[t] = 1
             fires += 1.0
@@ -172,6 +199,7 @@ def fire_rows(
     rates: Floats,
     log_thresholds: Floats,
     lowest_rate: float,
+    spread: float,
     staleness: Floats,
     last_fire: Integers,
     fires: Integers,
@@ -195,7 +223,7 @@ def fire_rows(
         low = min(int(place), last - 1)
         log_threshold = log_thresholds[low] + (place - low) * (log_thresholds[low + 1] - log_thresholds[low])
         fired[i] = fires_now(
-            density[i], staleness, log_threshold, last_fire[b], float(fires[b]), quota[b] + rates[b],
+            density[i], staleness, rates[b], log_threshold, spread, last_fire[b], float(fires[b]), quota[b] + rates[b],
             positions[b] + 1, min_size, max_size,
         )  # fmt: skip
     return fired

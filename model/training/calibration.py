@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.adaptive.tiling import RATES, TileManager
+from model.adaptive.tiling import ENTRY_TILES, RATES, TileManager
 from model.lm import AdaptiveAttentionSystem
 from model.ops.tiling import Floats, plan_block, staleness_table
 from model.training.firing import fit_log_threshold
@@ -21,10 +21,14 @@ def calibrate(model: AdaptiveAttentionSystem, tokens: Tensor) -> None:
     The controller corrects what is left; a good table only means that it has little to correct, so that fires fall
     where the text and not the quota wants them.
     """
-    densities = [np.ascontiguousarray(row) for row in model.analyse(tokens).double().cpu().numpy()]
+    density = model.analyse(tokens).numpy()
+    densities = list(density)
     tiles = model.tiles
-    thresholds = [fit_log_threshold(tiles, densities, rate) for rate in RATES]
-    prices = [fit_log_price(tiles, densities, rate) for rate in RATES]
+    tiles.update_spread(density, 1.0)
+    # Every threshold is low enough for rate 1, and interpolation towards one of them would miss the rates below.
+    rates = [min(rate, 0.98) for rate in RATES]
+    thresholds = [fit_log_threshold(tiles, densities, rate) for rate in rates]
+    prices = [fit_log_price(tiles, densities, rate) for rate in rates]
     for table, values in ((tiles.log_thresholds, thresholds), (tiles.log_prices, prices)):
         # A lower rate never has a lower threshold; the running maximum removes the noise of neighbouring fits.
         monotone = np.maximum.accumulate(np.array(values)[::-1])[::-1]
@@ -49,7 +53,7 @@ def _planned(tiles: TileManager, density: Floats, rate: float, price: float) -> 
     count, carry = 0, longest
     for start in range(0, len(density), tiles.block_size):
         block = density[start : start + tiles.block_size]
-        fires, fired, _ = plan_block(block, table, price, carry, tiles.min_tile_size, longest)
+        fires, fired, _ = plan_block(block, table, price, ENTRY_TILES * price, carry, tiles.min_tile_size, longest)
         at = np.flatnonzero(fires)
         carry = len(block) - 1 - int(at[-1]) if len(at) else carry + len(block)
         count += fired

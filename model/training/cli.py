@@ -27,7 +27,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plain", action="store_true", help="full resolution only: the plain Mamba-2 baseline")
     for name in ("steps", "sequences", "length", "seed", "warmup", "validate_every", "save_every"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
-    for name in ("learning_rate", "cooldown", "full_weight", "floor_share", "weight_decay"):
+    for name in ("learning_rate", "cooldown", "full_weight", "floor_share", "uniform_share", "weight_decay"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(defaults, name))
     parser.add_argument("--shape", type=_shape, default={}, help="changes to the shape, such as d_model=128")
 

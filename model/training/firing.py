@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from model.adaptive.tiling import Pace, TileManager
 from model.config import ModelConfig
-from model.ops.tiling import Floats
+from model.ops.tiling import Booleans, Floats
 from model.training.config import TrainingConfig
 
 START = Pace(position=0, last_fire=0, fires=0, quota=0.0)
@@ -54,14 +52,14 @@ def fit_log_threshold(tiles: TileManager, densities: list[Floats], rate: float) 
     return 0.5 * (low + high)
 
 
-def choose_fires(tiles: TileManager, density: Tensor, reduced: Reduced) -> Tensor:
-    """Fires [B, L] (bool) for density [B, L]: never, at a uniform stride, or by the causal rule."""
+def choose_fires(tiles: TileManager, density: Floats, reduced: Reduced) -> Booleans:
+    """Fires [B, L] for smoothed density [B, L]: never, at a uniform stride, or by the causal rule."""
     if reduced.rate <= 0.0:
-        return torch.zeros_like(density, dtype=torch.bool)
-    rows = [np.ascontiguousarray(row) for row in density.double().cpu().numpy()]
+        return np.zeros(density.shape, np.bool_)
+    rows = list(density)
     if reduced.uniform:
         chosen = [tiles.evenly(len(row), reduced.rate, START) for row in rows]
     else:
         log_threshold = fit_log_threshold(tiles, rows, reduced.rate)
         chosen = [tiles.online(row, reduced.rate, START, log_threshold) for row in rows]
-    return torch.from_numpy(np.stack(chosen).astype(bool)).to(density.device)
+    return np.stack(chosen).astype(np.bool_)

@@ -48,11 +48,14 @@ def compute_loss(
     exit_logits = model.exit_head(encoded.hidden)
     exit_loss = cross_entropy(exit_logits, targets).mean()
     state = model.allocate_state(len(tokens), d_state=reduced.d_state)
-    features, _ = model.density(exit_logits.detach(), encoded.trace, state.density)
+    features, analysed = model.density(exit_logits.detach(), encoded.trace, state.density)
     if model.training:
         model.density.update_statistics(features, reduced.momentum)
     density = model.density.combine(features)
-    fires = choose_fires(model.tiles, density.detach(), reduced)
+    smoothed = model.density.smooth(density.detach(), state.density, analysed)
+    if model.training:
+        model.tiles.update_spread(smoothed, reduced.momentum)
+    fires = torch.from_numpy(choose_fires(model.tiles, smoothed, reduced)).to(inputs.device)
     logits = model.head(model.combine(encoded.hidden, fires, state))
     cost = cross_entropy(logits, targets)
     # One sequence is enough for the divergence: it is an average over thousands of positions already.
