@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.ops.tiling import fire_evenly, fire_online, pacing_error, plan_block, staleness_table, tiling_loss
+from model.ops.tiling import (
+    fire_evenly,
+    fire_online,
+    pacing_error,
+    plan_block,
+    plan_blocks,
+    staleness_table,
+    tiling_loss,
+)
 
 
 def brute_force(density: np.ndarray, table: np.ndarray, price: float, carry: int, sizes: tuple[int, int]) -> float:
@@ -44,11 +52,47 @@ def test_the_plan_is_as_cheap_as_the_best_of_all(
     density, table, sizes = np.array(values), staleness_table(tau, 64), (least, least + more)
     expected = brute_force(density, table, price, carry, sizes)
     fires, tiles, cost = plan_block(density, table, price, carry, *sizes)
-    if math.isinf(expected):
-        return  # no tiling fits, as when the text ends before the first tile may
     assert cost == pytest.approx(expected, abs=1e-9)
     assert tiles == fires.sum()
     assert float(tiling_loss(fires, density, table, carry)) + price * tiles == pytest.approx(cost, abs=1e-9)
+
+
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 120), st.integers(1, 6), st.integers(0, 30), st.integers(0, 50),
+    st.floats(0.05, 20), st.sampled_from([0.0, 0.05, 0.5, 5.0]),
+)  # fmt: skip
+def test_dropping_starts_loses_nothing(
+    seed: int, length: int, least: int, more: int, carry: int, tau: float, price: float
+) -> None:
+    """The programme without dropping, too long for brute force; half of the bytes may cost nothing."""
+    random = np.random.default_rng(seed)
+    density = random.exponential(size=length) * (random.random(length) < random.random())
+    table, most = staleness_table(tau, carry + length + 1), least + more
+    best = [0.0] + [math.inf] * length
+    total = math.inf
+    for start in range(length + 1):
+        age, loss = (0 if start else carry), best[start]
+        for end in range(start + 1, length + 1):
+            if age >= most and end > start + 1:
+                break
+            age += 1
+            if age >= least:
+                best[end] = min(best[end], loss + price)
+            loss += density[end - 1] * table[age]
+        else:
+            total = min(total, loss if age < most or start == length else math.inf)
+    assert plan_block(density, table, price, carry, least, most)[2] == pytest.approx(total, abs=1e-9)
+
+
+def test_a_batch_of_blocks_is_planned_as_each_alone() -> None:
+    random = np.random.default_rng(2)
+    density, table = random.exponential(size=(6, 200)), staleness_table(3.0, 300)
+    prices, carries = np.geomspace(0.01, 10, 6), np.array([0, 1, 5, 20, 64, 90])
+    fires, tiles, costs = plan_blocks(density, table, prices, carries, 2, 40)
+    for row in range(6):
+        alone = plan_block(density[row], table, prices[row], carries[row], 2, 40)
+        assert np.array_equal(fires[row], alone[0])
+        assert (tiles[row], costs[row]) == alone[1:]
 
 
 def test_a_higher_price_never_buys_more_tiles() -> None:
