@@ -22,13 +22,15 @@ from model.state import DensityState
 
 FEATURES = ("state_gradient", "attention_entropy", "temporal_distance", "predictive_entropy")
 
-_TINY = 1e-12
+_TINY = 1e-20
+_TINIEST = 1e-30
 
 
 class InformationDensityAnalyzer(nn.Module):
     """Density in bits per byte: a non-negative combination of four standardised features.
 
-    Training fits it to the measured cost of a stale trunk; the features themselves carry no gradient.
+    Training fits it to the measured cost of a stale trunk; there the features carry no gradient, for the trace has
+    none. :meth:`forward` itself is differentiable, with finite gradients at any scale of its inputs.
     """
 
     mean: Tensor
@@ -91,7 +93,6 @@ class InformationDensityAnalyzer(nn.Module):
         self.mean.lerp_(flat.mean(0), momentum)
         self.std.lerp_(flat.std(0).clamp_min(1e-3), momentum)
 
-    @torch.no_grad()
     def forward(self, exit_logits: Tensor, trace: ScanTrace, state: DensityState) -> tuple[Tensor, DensityState]:
         """Features of L positions.
 
@@ -189,8 +190,8 @@ class InformationDensityAnalyzer(nn.Module):
         total = scores.sum(-2) + past + _TINY
         share = scores / total.unsqueeze(-2)
         lump = past / total
-        plogp = torch.special.entr(share).sum(-2) + torch.special.entr(lump)
-        row = seen.clamp(max=self.window).float() + 1.0
+        plogp = _entropy_term(share).sum(-2) + _entropy_term(lump)
+        row = seen.clamp(max=self.window).to(total.dtype) + 1.0
         entropy = plogp.mean(-1) / row.log()
         ages = torch.arange(self.window - 1, -1, -1, device=scores.device, dtype=scores.dtype)
         distance = (share * ages.unsqueeze(-1)).sum(-2) + lump * self.window
@@ -211,36 +212,83 @@ def _band_vector(value: Tensor, window: int) -> Tensor:
     return value[..., 1:].unfold(-1, window, 1)
 
 
-@torch.no_grad()
+def _entropy_term(share: Tensor) -> Tensor:
+    """-p log p; at 0, where its slope has no bound, without gradient."""
+    term: Tensor = torch.special.entr(share.clamp_min(_TINIEST))
+    return term
+
+
+def _magnitude(square: Tensor) -> Tensor:
+    """The square root of sums of squares, whose rounding may leave them at or under 0: there 0, without gradient."""
+    positive = square > 0.0
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+
+
+def _power_of_two(value: Tensor) -> Tensor:
+    """The power of two at the largest magnitude of each sequence of ``value`` [B, ...], as [B]; 0 where all is 0."""
+    peak = value.detach().abs().flatten(1).amax(1)
+    mantissa, _ = torch.frexp(peak)
+    return torch.where(peak > 0.0, peak / mantissa, 0.0)
+
+
+def smooth_density(density: Tensor, window_size: int = 32) -> Tensor:
+    """Mean density [B, L] of the last ``window_size`` bytes at each byte, of fewer where fewer were read.
+
+    Causal, and as long as its input. It tells how dense a passage is, for resolution control; where tiles end is
+    decided on the density as it is, which smoothing would blur.
+
+    Source: ``window_size``, section 4.2.1 of the source document, whose centred window sees the future.
+
+    Raises:
+        ValueError: ``window_size`` is under 1.
+    """
+    if window_size < 1:
+        raise ValueError(f"window_size = {window_size} must be at least 1")
+    length = density.shape[1]
+    # In float64: a difference of running sums keeps the error of the whole text at every byte.
+    total = F.pad(density.double().cumsum(1), (1, 0))
+    end = torch.arange(1, length + 1, device=density.device)
+    start = (end - window_size).clamp_min(0)
+    return ((total[:, end] - total[:, start]) / (end - start)).to(density.dtype)
+
+
 def state_gradient(trace: ScanTrace, chunk_size: int) -> Tensor:
     """log(1 + ||h_t - h_{t-1}||) over all heads [B, L], without materialising the states.
 
     With a = exp(dt A): ``||dh||^2 = (a-1)^2 ||h||^2 + 2 (a-1) dt x^T h B + dt^2 ||x||^2 ||B||^2``, h = h_{t-1}. The
-    cross term is a read of the state with query B, ``||h||^2`` a scalar recurrence.
+    cross term is a read of the state with query B, ``||h||^2`` a scalar recurrence. Where a state hardly changes these
+    terms cancel: the error of ``||dh||`` is up to the square root of the type's precision times ``||h||``.
+
+    Everything is computed at a scale of 1 and scaled back, so that squares (and gradients) neither vanish nor overflow;
+    by powers of two, which change no bit otherwise.
     """
     length = trace.x.shape[1]
-    x = into_chunks(trace.x, chunk_size).transpose(2, 3)  # [B, c, H, Q, P]
-    B = into_chunks(trace.B, chunk_size)  # [B, c, Q, N]
+    x_scale = _power_of_two(trace.x)
+    scale = torch.maximum(x_scale * _power_of_two(trace.B), _power_of_two(trace.before))
+    x_scale, scale = (torch.where(value > 0.0, value, 1.0) for value in (x_scale, scale))
+    x = into_chunks(trace.x / x_scale[:, None, None, None], chunk_size).transpose(2, 3)  # [B, c, H, Q, P]
+    B = into_chunks(trace.B * (x_scale / scale)[:, None, None], chunk_size)  # [B, c, Q, N]
+    before = trace.before / scale[:, None, None, None, None]  # [B, c, H, P, N]
     dt = into_chunks(trace.dt, chunk_size).transpose(2, 3)  # [B, c, H, Q]
     log_decay = dt * trace.A[:, None]
     grams = (B @ B.transpose(-1, -2)).unsqueeze(2) * (x @ x.transpose(-1, -2))  # [B, c, H, Q, Q]
     decay = segment_decay(log_decay, strict=True)  # [B, c, H, Q, Q]
     cross = (grams * decay) @ dt.unsqueeze(-1)
     start = log_decay.cumsum(-1) - log_decay  # from the chunk's start to before each position
-    read = (trace.before @ B.transpose(-1, -2).unsqueeze(2)).transpose(-1, -2)  # [B, c, H, Q, P]
+    read = (before @ B.transpose(-1, -2).unsqueeze(2)).transpose(-1, -2)  # [B, c, H, Q, P]
     cross_term = cross.squeeze(-1) + (read * x).sum(-1) * start.exp()  # x^T h_{t-1} B
     added = dt.square() * torch.diagonal(grams, dim1=-2, dim2=-1)
     gain = log_decay.exp()
     change = 2.0 * gain * dt * cross_term + added  # ||h_t||^2 = gain^2 ||h_{t-1}||^2 + change
     norm = (decay.square() @ change.unsqueeze(-1)).squeeze(-1)
-    norm = norm + trace.before.square().sum((-1, -2)).unsqueeze(-1) * (2.0 * start).exp()
+    norm = norm + before.square().sum((-1, -2)).unsqueeze(-1) * (2.0 * start).exp()
     shrink = torch.expm1(log_decay)  # a - 1
     square = shrink.square() * norm + 2.0 * shrink * dt * cross_term + added
-    return square.clamp_min(0.0).sum(2).flatten(1)[:, :length].sqrt().log1p()
+    magnitude = _magnitude(square.clamp_min(0.0).sum(2).flatten(1)[:, :length])
+    return (magnitude * scale.unsqueeze(1)).log1p()
 
 
-@torch.no_grad()
 def predictive_entropy(logits: Tensor) -> Tensor:
     """Entropy in bits [...] of the distribution that ``logits`` [..., V] describe."""
-    log_p = logits.float().log_softmax(-1)
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1) / math.log(2.0)

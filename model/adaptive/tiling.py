@@ -8,14 +8,15 @@ be short.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from model.adaptive.lagrange import PlannedBlock, Solver, spend_tiles
 from model.config import ModelConfig
 from model.ops.tiling import (
     Booleans,
@@ -31,11 +32,9 @@ from model.ops.tiling import (
 )
 from model.state import RouterState
 
-Plan = tuple[float, Bytes, int]
-"""Logarithm of the price, fires, number of tiles."""
+RESTART_BYTES = 2.0
+"""What the trunk loses while it warms up after a gap, in bytes of typical density."""
 
-ENTRY_TILES = 2.0
-"""What a plan pays to begin a stretch of fires after a gap, in prices of a tile."""
 RATES = tuple(2.0 ** (-k / 2.0) for k in range(14, -1, -1))
 """Fire rates at which thresholds and prices are calibrated, 1/128 to 1."""
 
@@ -47,7 +46,7 @@ class Tile:
     start: int
     end: int
     info_loss: float
-    """Bits lost at the tile's bytes before its last, where the trunk is stale."""
+    """Bits lost at the tile's bytes before its last, where the trunk is stale, and by the gap that they are."""
     compute_cost: float
     """FLOPs of the trunk step."""
 
@@ -103,33 +102,74 @@ class TileManager(nn.Module):
             momentum,
         )
 
+    @property
+    def restart_loss(self) -> float:
+        """Bits that a plan counts as lost where the trunk runs again after a gap."""
+        return RESTART_BYTES * math.exp(self.log_at(self.log_thresholds, 0.5))
+
     def staleness(self, age: Tensor) -> Tensor:
         """Share of a byte's density lost to a trunk that is ``age`` bytes old. Differentiable in tau."""
         return -torch.expm1(-age.to(self.log_tau.dtype) / self.log_tau.exp())
 
     def optimize_tiling(
-        self, density: NDArray[np.floating], price: float, compute_cost: float, *, carry: int = 0
+        self, density: NDArray[np.floating], compute_budget: float, compute_cost: float, *, carry: int = 0
     ) -> list[Tile]:
-        """The cheapest tiling of one text at one price.
+        """The tiling of one text that loses least for a budget, by a Lagrangian search over :meth:`cheapest_tiling`.
+
+        It never costs more than the budget, and less only by under one tile or where the next better tiling on the
+        convex hull of (compute, loss) costs too much.
 
         Args:
-            density: [L] bits per byte. price: lambda in bits per FLOP. compute_cost: FLOPs of one trunk step.
+            density: [L] bits per byte. compute_budget: FLOPs. compute_cost: FLOPs of one trunk step.
             carry: age of the trunk before the first byte.
 
         Returns:
             Tiles in order; bytes after the last one belong to a tile that is still open.
+
+        Raises:
+            ValueError: the budget does not pay for tiles of ``max_tile_size``.
         """
+        values, table = self._prepare(density, carry)
+        wanted = int(compute_budget / compute_cost * (1.0 + 1e-12))
+        plan = spend_tiles(self._solver(values, table, carry, self.max_tile_size), wanted, _dearest(values))
+        if plan.tiles > wanted:
+            raise ValueError(
+                f"compute_budget = {compute_budget} must be at least {plan.tiles * compute_cost} FLOPs for tiles of at "
+                f"most {self.max_tile_size} bytes"
+            )
+        return self._tiles(plan.fires, values, table, carry, compute_cost)
+
+    def cheapest_tiling(
+        self, density: NDArray[np.floating], price: float, compute_cost: float, *, carry: int = 0
+    ) -> list[Tile]:
+        """The tiling of one text at one price, lambda in bits per FLOP; otherwise as :meth:`optimize_tiling`."""
+        values, table = self._prepare(density, carry)
+        plan = self._solver(values, table, carry, self.max_tile_size)(price * compute_cost)
+        return self._tiles(plan.fires, values, table, carry, compute_cost)
+
+    def _prepare(self, density: NDArray[np.floating], carry: int) -> tuple[Floats, Floats]:
         values = np.ascontiguousarray(density, dtype=np.float64)
-        table = staleness_table(self.tau, carry + len(values) + 1)
-        bits = price * compute_cost
-        fires, _, _ = plan_block(values, table, bits, ENTRY_TILES * bits, carry, self.min_tile_size, self.max_tile_size)
-        tiles, start = [], 0
-        for end in np.flatnonzero(fires) + 1:
-            inside = np.zeros(end - start, np.uint8)
-            inside[-1] = 1
-            loss = tiling_loss(inside, values[start:end], table, carry if start == 0 else 0)
-            tiles.append(Tile(start, int(end), float(loss), compute_cost))
-            start = int(end)
+        return values, staleness_table(self.tau, carry + len(values) + 1)
+
+    def _solver(self, density: Floats, table: Floats, carry: int, longest: int) -> Solver:
+        """The dynamic programme over one block, as a function of the price."""
+
+        def solve(price: float) -> PlannedBlock:
+            fires, tiles, total = plan_block(
+                density, table, price, self.restart_loss, carry, self.min_tile_size, longest
+            )
+            return PlannedBlock(fires, tiles, total - price * tiles)
+
+        return solve
+
+    def _tiles(self, fires: Bytes, density: Floats, table: Floats, carry: int, compute_cost: float) -> list[Tile]:
+        ends = [int(end) for end in np.flatnonzero(fires) + 1]
+        tiles = []
+        for start, end in pairwise([0, *ends]):
+            age = carry if start == 0 else 0
+            loss = float(tiling_loss(fires[start:end], density[start:end], table, age))
+            restart = self.restart_loss if age + end - start > 1 else 0.0
+            tiles.append(Tile(start, end, loss + restart, compute_cost))
         return tiles
 
     def log_at(self, table: Tensor, rate: float) -> float:
@@ -178,30 +218,27 @@ class TileManager(nn.Module):
     def plan(self, density: Floats, rate: float, pace: Pace) -> Bytes:
         """Fires [L] of the dynamic programme over one block, held to the quota.
 
-        The calibrated price is tried first; where it leaves the tolerated gap around the quota, bisection on the price
-        finds the two neighbouring plans, and the block follows the one, then the other, so that the count is met.
+        The calibrated price is tried first; where it leaves the tolerated gap around the quota, the search for the
+        number of tiles at the gap's nearer end begins at its plan.
         """
         length = len(density)
         if rate <= 0.0 or rate >= 1.0:
             return np.full(length, int(rate >= 1.0), np.uint8)
         carry = pace.position - pace.last_fire if pace.last_fire else self.max_tile_size
-        table = staleness_table(self.tau, carry + length + 1)
-        longest = self.longest(rate)
-
-        def solve(log_price: float) -> tuple[Bytes, int]:
-            price = math.exp(log_price)
-            fires, tiles, _ = plan_block(density, table, price, ENTRY_TILES * price, carry, self.min_tile_size, longest)
-            return fires, tiles
-
+        solve = self._solver(density, staleness_table(self.tau, carry + length + 1), carry, self.longest(rate))
         target = pace.quota + rate * length - pace.fires
         slack = _slack(pace.position + length, rate)
         low, high = _bounds(target, slack, length)
-        log_price = self.log_at(self.log_prices, rate)
-        fires, tiles = solve(log_price)
-        if low <= tiles <= high:
-            return fires
-        wanted = high if tiles > high else low
-        return _bisect(solve, (log_price, fires, tiles), wanted)
+        calibrated = solve(math.exp(self.log_at(self.log_prices, rate)))
+        if low <= calibrated.tiles <= high:
+            return calibrated.fires
+        wanted = high if calibrated.tiles > high else low
+        return spend_tiles(solve, wanted, _dearest(density), calibrated).fires
+
+
+def _dearest(density: Floats) -> float:
+    """A price in bits per tile at which no tile is worth buying: more than all the bits there are."""
+    return 2.0 * float(density.sum()) + 1.0
 
 
 def _slack(position: int, rate: float) -> float:
@@ -214,41 +251,3 @@ def _bounds(target: float, slack: float, length: int) -> tuple[int, int]:
     low = min(max(math.ceil(target - slack), 0), length)
     high = min(max(math.floor(target + slack), low), length)
     return low, high
-
-
-def _bisect(solve: Callable[[float], tuple[Bytes, int]], start: Plan, wanted: int) -> Bytes:
-    """A plan with about ``wanted`` tiles: bracket it between two prices, narrow, and mix the two plans left."""
-    log_price, fires, tiles = start
-    direction = 1.0 if tiles > wanted else -1.0  # a higher price buys fewer tiles
-    many = few = fires
-    near, step = log_price, 1.0
-    far = near
-    for _ in range(10):  # reaches e^100 times the first price: every density there is
-        far = near + direction * step
-        fires, tiles = solve(far)
-        if tiles > wanted:
-            many = fires
-        else:
-            few = fires
-        if (tiles - wanted) * direction <= 0:
-            break
-        near, step = far, step * 1.5
-    low, high = min(near, far), max(near, far)
-    for _ in range(16):
-        if tiles == wanted:
-            return fires
-        middle = 0.5 * (low + high)
-        fires, tiles = solve(middle)
-        if tiles > wanted:
-            low, many = middle, fires
-        else:
-            high, few = middle, fires
-    return _mix(many, few, wanted)
-
-
-def _mix(many: Bytes, few: Bytes, wanted: int) -> Bytes:
-    """The plan with more tiles up to some byte, the other from there on, with about ``wanted`` tiles."""
-    before = np.concatenate([[0], np.cumsum(many, dtype=np.int64)])
-    after = np.concatenate([np.cumsum(few[::-1], dtype=np.int64)[::-1], [0]])
-    cut = int(np.argmin(np.abs(before + after - wanted)))
-    return np.concatenate([many[:cut], few[cut:]])

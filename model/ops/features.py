@@ -16,7 +16,7 @@ from model.ops.tiling import Floats, Integers
 
 Singles = NDArray[np.float32]
 
-_TINY = 1e-12
+_TINY = 1e-20
 
 
 @njit(cache=True)

@@ -28,7 +28,7 @@ def staleness_table(tau: float, size: int) -> Floats:
     return table
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath={"nnan", "nsz", "contract"})
 def plan_block(
     density: Floats, staleness: Floats, price: float, entry: float, carry: int, min_size: int, max_size: int
 ) -> tuple[Bytes, int, float]:  # pragma: no cover - compiled
@@ -38,42 +38,59 @@ def plan_block(
     one byte``: after a gap the trunk is worth little for some bytes, so fires in a row cost less. The first tile may
     have begun ``carry`` bytes before the block, and the last one may stay open (it costs staleness, but no tile).
 
+    A tile start is dropped, without loss, once a later one that may end a tile here is as cheap: staleness grows with
+    age, so the older start stays behind for ever. The starts before the cheapest are dropped at each byte, hence the
+    search for the cheapest costs one look per byte, and the rest of the work is one sum over consecutive numbers.
+
     Args:
-        density: [L] bits. staleness: [>= carry + L + 1] share lost by age. price: bits per tile.
-        entry: bits per tile of more than one byte. carry: age that the byte before the block had (0: it fired).
+        density: [L] bits, at least 0. staleness: [>= carry + L + 1] share lost by age, never falling.
+        price: bits per tile. entry: bits lost by a tile of more than one byte, beside its staleness.
+        carry: age that the byte before the block had (0: it fired).
         min_size, max_size: bounds on bytes per tile; one that the carry already broke ends as soon as it may.
 
     Returns:
         fires [L] of 0 and 1, the number of tiles, and the cost in bits.
     """
     length = density.shape[0]
-    best = np.full(length + 1, np.inf)  # best[e]: cost of bytes before e, the last of which fires
+    cost = np.full(length + 1, np.inf)  # cost[s]: of the bytes read so far, if the last one that fired is s - 1
     back = np.zeros(length + 1, np.int64)
-    best[0] = 0.0
-    total = np.inf
+    eldest = min(max_size, length)
+    share = staleness[eldest::-1].copy()  # by start, so the age falls
+    opening = 0.0  # the same for the tile that began before the block
+    opening_end = max(max_size - carry, 1)
+    oldest = 1
+    for byte in range(length):
+        end = byte + 1
+        oldest = max(oldest, end - max_size)
+        least = np.inf
+        for value in cost[oldest : max(end - min_size + 1, oldest)]:
+            least = min(least, value)
+        chosen = np.inf
+        if end <= opening_end and carry + end >= min_size:
+            chosen = opening + (entry if carry + end > 1 else 0.0)
+        if least < np.inf:
+            while cost[oldest] > least:
+                oldest += 1
+            for start in (oldest, byte if min_size == 1 else oldest):  # the cheapest, and the one that enters for free
+                value = cost[start] + (entry if end - start > 1 else 0.0)
+                if value < chosen:
+                    chosen = value
+                    back[end] = start
+            if least <= opening:
+                opening_end = 0
+        bits = density[byte]
+        live = cost[oldest:end]  # slices, counted from 0: numba vectorises what needs no look at negative indices
+        lost = share[eldest - end + oldest :]
+        for index in range(live.shape[0]):
+            live[index] += bits * lost[index]
+        opening += bits * staleness[carry + end]
+        cost[end] = chosen + price
+    total = opening if length < opening_end else np.inf
     last = 0
-    for start in range(length + 1):
-        if best[start] == np.inf:
-            continue
-        age = carry if start == 0 else 0
-        loss = 0.0
-        reach = max(start + max_size - age, start + 1)
-        for byte in range(start, length):
-            if byte >= reach:
-                break
-            age += 1
-            if age >= min_size:
-                cost = best[start] + loss + price + (0.0 if age == 1 else entry)
-                if cost < best[byte + 1]:
-                    best[byte + 1] = cost
-                    back[byte + 1] = start
-            loss += density[byte] * staleness[age]
-        if start + (max_size - (carry if start == 0 else 0)) > length and best[start] + loss < total:
-            total = best[start] + loss
+    for start in range(max(oldest, length - max_size + 1), length + 1):
+        if cost[start] < total:
+            total = cost[start]
             last = start
-    if best[length] < total:
-        total = float(best[length])
-        last = length
     fires = np.zeros(length, np.uint8)
     tiles = 0
     while last > 0:
@@ -81,6 +98,35 @@ def plan_block(
         tiles += 1
         last = back[last]
     return fires, tiles, total
+
+
+@njit(cache=True)
+def plan_blocks(
+    density: Floats,
+    staleness: Floats,
+    prices: Floats,
+    entry: float,
+    carries: Integers,
+    min_size: int,
+    max_size: int,
+) -> tuple[Bytes, Integers, Floats]:  # pragma: no cover - compiled
+    """:func:`plan_block` for R blocks of one length, each at its own price and carry.
+
+    Args:
+        density: [R, L]. prices: [R]. carries: [R].
+
+    Returns:
+        fires [R, L], tiles [R], and costs [R] in bits.
+    """
+    rows = density.shape[0]
+    fires = np.empty(density.shape, np.uint8)
+    tiles = np.empty(rows, np.int64)
+    costs = np.empty(rows)
+    for row in range(rows):
+        fires[row], tiles[row], costs[row] = plan_block(
+            density[row], staleness, prices[row], entry, carries[row], min_size, max_size
+        )
+    return fires, tiles, costs
 
 
 @njit(cache=True)

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.adaptive.tiling import ENTRY_TILES, RATES, TileManager
+from model.adaptive.tiling import RATES, TileManager
 from model.lm import AdaptiveAttentionSystem
-from model.ops.tiling import Floats, plan_block, staleness_table
+from model.ops.tiling import Floats, plan_blocks, staleness_table
 from model.training.firing import fit_log_threshold
 
 
@@ -21,40 +21,43 @@ def calibrate(model: AdaptiveAttentionSystem, tokens: Tensor) -> None:
     The controller corrects what is left; a good table only means that it has little to correct, so that fires fall
     where the text and not the quota wants them.
     """
-    density = model.analyse(tokens).numpy()
-    densities = list(density)
+    densities = np.ascontiguousarray(model.analyse(tokens).numpy())
     tiles = model.tiles
-    tiles.update_spread(density, 1.0)
+    tiles.update_spread(densities, 1.0)
     # Every threshold is low enough for rate 1, and interpolation towards one of them would miss the rates below.
     rates = [min(rate, 0.98) for rate in RATES]
-    thresholds = [fit_log_threshold(tiles, densities, rate) for rate in rates]
-    prices = [fit_log_price(tiles, densities, rate) for rate in rates]
-    for table, values in ((tiles.log_thresholds, thresholds), (tiles.log_prices, prices)):
-        # A lower rate never has a lower threshold; the running maximum removes the noise of neighbouring fits.
-        monotone = np.maximum.accumulate(np.array(values)[::-1])[::-1]
-        table.copy_(torch.from_numpy(monotone.copy()))
+    _fill(tiles.log_thresholds, [fit_log_threshold(tiles, list(densities), rate) for rate in rates])
+    _fill(tiles.log_prices, [fit_log_price(tiles, densities, rate) for rate in rates])
 
 
-def fit_log_price(tiles: TileManager, densities: list[Floats], rate: float) -> float:
-    """The log price at which the block-wise dynamic programme, left alone, fires at ``rate``, by bisection."""
+def _fill(table: Tensor, values: list[float]) -> None:
+    """Write fitted values into a table; a lower rate never has a lower one, so a running maximum removes the noise."""
+    monotone = np.maximum.accumulate(np.array(values)[::-1])[::-1]
+    table.copy_(torch.from_numpy(monotone.copy()))
+
+
+def fit_log_price(tiles: TileManager, densities: Floats, rate: float) -> float:
+    """The log price at which the block-wise dynamic programme, left alone, fires at ``rate`` over texts [B, L]."""
     low, high = -14.0, 6.0
-    wanted = rate * sum(len(density) for density in densities)
+    wanted = rate * densities.size
     for _ in range(14):
         middle = 0.5 * (low + high)
-        fires = sum(_planned(tiles, density, rate, math.exp(middle)) for density in densities)
+        fires = _planned(tiles, densities, rate, math.exp(middle))
         low, high = (middle, high) if fires > wanted else (low, middle)
     return 0.5 * (low + high)
 
 
-def _planned(tiles: TileManager, density: Floats, rate: float, price: float) -> int:
-    """Tiles of one text, planned block by block at one price."""
+def _planned(tiles: TileManager, densities: Floats, rate: float, price: float) -> int:
+    """Tiles of texts [B, L], planned block by block at one price."""
     longest = tiles.longest(rate)
-    table = staleness_table(tiles.tau, len(density) + longest + 1)
-    count, carry = 0, longest
-    for start in range(0, len(density), tiles.block_size):
-        block = density[start : start + tiles.block_size]
-        fires, fired, _ = plan_block(block, table, price, ENTRY_TILES * price, carry, tiles.min_tile_size, longest)
-        at = np.flatnonzero(fires)
-        carry = len(block) - 1 - int(at[-1]) if len(at) else carry + len(block)
-        count += fired
+    batch, length = densities.shape
+    table = staleness_table(tiles.tau, length + longest + 1)
+    prices, carries = np.full(batch, price), np.full(batch, longest)
+    count = 0
+    for start in range(0, length, tiles.block_size):
+        block = np.ascontiguousarray(densities[:, start : start + tiles.block_size])
+        fires, fired, _ = plan_blocks(block, table, prices, tiles.restart_loss, carries, tiles.min_tile_size, longest)
+        since = np.argmax(fires[:, ::-1], axis=1)  # bytes after the last fire
+        carries = np.where(fired > 0, since, carries + block.shape[1])
+        count += int(fired.sum())
     return count

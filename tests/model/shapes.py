@@ -42,10 +42,11 @@ def random_model(config: ModelConfig = SMALL, seed: int = 0) -> AdaptiveAttentio
                 parameter.add_(0.3 * torch.randn_like(parameter))
         density = model.analyse(random_tokens(1, 2048, seed))
         levels = torch.tensor([1.0 - rate for rate in RATES[:-1]]) * 0.98
-        thresholds = density.flatten().double().quantile(levels.double()).log()
+        thresholds = density.flatten().quantile(levels.double()).log()
         model.tiles.log_thresholds[:-1] = thresholds
         model.tiles.log_thresholds[-1] = thresholds[-1] - 9.0
         model.tiles.log_prices.copy_(model.tiles.log_thresholds)
+        model.tiles.update_spread(density.numpy(), 1.0)
         model.tiles.log_tau.fill_(math.log(1.5))
     return model.eval().requires_grad_(False)
 

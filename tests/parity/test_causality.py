@@ -22,7 +22,7 @@ def two_texts() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def online_logits(model: AdaptiveAttentionSystem, tokens: torch.Tensor, rate: float) -> torch.Tensor:
-    fires = model.tiles.online(model.analyse(tokens)[0].double().numpy(), rate, START)
+    fires = model.tiles.online(model.analyse(tokens)[0].numpy(), rate, START)
     return model(tokens, torch.from_numpy(fires.astype(bool)).unsqueeze(0))
 
 

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from model.adaptive.controller import adapt_resolution, advance, fire_step
-from model.ops.tiling import fire_online, staleness_table
+from model.ops.tiling import INERTIA, fire_online, staleness_table
 from model.state import RouterState
+
+SPREAD = torch.tensor(0.5, dtype=torch.float64)
 
 
 def start(batch: int) -> RouterState:
@@ -16,10 +18,13 @@ def start(batch: int) -> RouterState:
 
 def test_the_correction_is_none_at_the_quota_and_a_wall_beyond_the_gap() -> None:
     error = torch.linspace(-3, 3, 61, dtype=torch.float64)
-    corrected = adapt_resolution(torch.zeros_like(error), error)
-    assert (corrected.diff() > 0).all()
-    assert corrected[30].item() == pytest.approx(0, abs=1e-12)
-    assert corrected[50] >= 30  # two gaps ahead of the quota: e^30 times the threshold
+    waiting = adapt_resolution(torch.zeros_like(error), error, SPREAD, torch.zeros_like(error, dtype=torch.bool))
+    running = adapt_resolution(torch.zeros_like(error), error, SPREAD, torch.ones_like(error, dtype=torch.bool))
+    for corrected in (waiting, running):
+        assert (corrected.diff() > 0).all()
+    assert waiting[30].item() == pytest.approx(SPREAD.item() * INERTIA)
+    assert running[30].item() == pytest.approx(-SPREAD.item() * INERTIA)
+    assert running[50] >= 30 * SPREAD  # two gaps ahead of the quota, far above any text
 
 
 @pytest.mark.parametrize("kind", ["random", "constant", "changing", "zero"])
@@ -36,7 +41,7 @@ def test_compute_meets_the_budget_within_five_percent(kind: str) -> None:
     state, log_threshold = start(4), torch.zeros(4, dtype=torch.float64)
     fires = []
     for density in text:
-        fired = fire_step(density.expand(4), rates, log_threshold, 2.0, state, (1, 64))
+        fired = fire_step(density.expand(4), rates, log_threshold, SPREAD, 2.0, state, (1, 64))
         advance(state, fired, rates)
         fires.append(fired)
     spent = torch.stack(fires).double().cumsum(0)
@@ -49,12 +54,12 @@ def test_compute_meets_the_budget_within_five_percent(kind: str) -> None:
 def test_the_batched_rule_decides_as_the_compiled_one() -> None:
     density = np.random.default_rng(0).exponential(size=1000)
     for rate, least in ((0.05, 1), (0.3, 1), (0.3, 4), (1.0, 1), (0.0, 1)):
-        compiled = fire_online(density, staleness_table(3.0, 20), rate, -0.5, 0, 0, 0.0, 0, least, 20)
+        compiled = fire_online(density, staleness_table(3.0, 20), rate, -0.5, SPREAD.item(), 0, 0, 0.0, 0, least, 20)
         state, rates = start(1), torch.tensor([rate], dtype=torch.float64)
         stepped = []
         for value in density:
             threshold = torch.tensor([-0.5], dtype=torch.float64)
-            fired = fire_step(torch.tensor([value]), rates, threshold, 3.0, state, (least, 20))
+            fired = fire_step(torch.tensor([value]), rates, threshold, SPREAD, 3.0, state, (least, 20))
             advance(state, fired, rates)
             stepped.append(int(fired))
         assert compiled.tolist() == stepped

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from model.adaptive.density import predictive_entropy, state_gradient
+from model.adaptive.density import InformationDensityAnalyzer, predictive_entropy, smooth_density, state_gradient
 from model.ops.ssd import ScanTrace, ssd_scan, ssd_step
 from tests.model.shapes import SMALL, encode_one, random_model, random_tokens
 
@@ -38,14 +39,49 @@ def test_the_state_gradient_is_the_norm_of_the_states_difference() -> None:
     torch.testing.assert_close(state_gradient(trace, 8), difference.log1p(), atol=1e-9, rtol=1e-9)
 
 
-def test_the_state_gradient_is_autograds_through_a_continuous_position() -> None:
-    """h(s) = h_t-1 + s (h_t - h_t-1) runs from one position to the next; its derivative by s is what is measured."""
+@pytest.mark.parametrize("scale", [1e-8, 1e-4, 1e4])
+def test_the_state_gradient_is_exact_at_every_scale(scale: float) -> None:
+    """In fp32 the plain formula's squares vanish at 1e-8 ** 6; the value must not."""
     trace = make_trace()
-    before, after = states(trace)[:, :-1], states(trace)[:, 1:]
-    s = torch.zeros((), dtype=torch.float64)
-    _, derivative = torch.autograd.functional.jvp(lambda s: before + s * (after - before), s, torch.ones_like(s))
-    expected = derivative.flatten(2).norm(dim=-1).log1p()
-    torch.testing.assert_close(state_gradient(trace, 8), expected, atol=1e-9, rtol=1e-9)
+    x, dt, B = trace.x * scale, trace.dt * min(scale, 1.0), trace.B * scale
+    zero = torch.zeros(2, H, P, N, dtype=torch.float64)
+    scan = ssd_scan(x, dt, trace.A, B, B, initial_state=zero, chunk_size=8)
+    exact = ScanTrace(x, dt, trace.A, B, B, scan.chunk_states, scan.final_state)
+    expected = states(exact).diff(dim=1).flatten(2).norm(dim=-1).log1p()
+    single = ScanTrace(*(getattr(exact, name).float() for name in ScanTrace.__slots__))
+    torch.testing.assert_close(state_gradient(single, 8).double(), expected, atol=0, rtol=1e-3)
+
+
+def test_the_state_gradient_is_autograds_through_a_continuous_position() -> None:
+    """Byte t is read gradually while the position p runs from t to t + 1; the state is then a function of p.
+
+    Its derivative in the middle of byte t, one component at a time (a sum would let signs cancel), is what is measured.
+    """
+    trace = make_trace()
+    decay = (trace.dt * trace.A).exp()[..., None, None]
+    added = (trace.x * trace.dt.unsqueeze(-1)).unsqueeze(-1) * trace.B[:, :, None, None, :]
+    expected = torch.empty(2, L, dtype=torch.float64)
+    for byte in range(L):
+        position = torch.full((2, 1, 1, 1), byte + 0.5, dtype=torch.float64, requires_grad=True)
+        state = trace.before[:, 0]
+        for t in range(L):
+            read = (position - t).clamp(0.0, 1.0)
+            state = state + read * ((decay[:, t] - 1.0) * state + added[:, t])
+        components = state.flatten(1).sum(0)  # each position moves its own sequence alone
+        basis = torch.eye(len(components), dtype=torch.float64)
+        (rows,) = torch.autograd.grad(components, position, basis, is_grads_batched=True)
+        expected[:, byte] = rows.flatten(1).norm(dim=0)
+    torch.testing.assert_close(state_gradient(trace, 8), expected.log1p(), atol=1e-9, rtol=1e-9)
+
+
+def test_the_state_gradient_of_a_state_at_rest_is_zero_up_to_cancellation() -> None:
+    ones = torch.ones(1, 400, dtype=torch.float64)
+    x, B = ones[..., None, None].expand(-1, -1, H, P), ones[..., None].expand(-1, -1, N)
+    dt, A = ones[..., None].expand(-1, -1, H) * 0.5, -torch.ones(H, dtype=torch.float64)
+    scan = ssd_scan(x, dt, A, B, B, initial_state=torch.zeros(1, H, P, N, dtype=torch.float64), chunk_size=8)
+    found = state_gradient(ScanTrace(x, dt, A, B, B, scan.chunk_states, scan.final_state), 8)
+    assert found[0, 0] > 1.0
+    assert found[0, 200:].max() < 10 * math.sqrt(torch.finfo(torch.float64).eps) * scan.final_state.norm()
 
 
 def dense_rows(trace: ScanTrace, t: int, window: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +99,7 @@ def dense_rows(trace: ScanTrace, t: int, window: int) -> tuple[torch.Tensor, tor
     return entropy, (row * ages.unsqueeze(-1)).sum(0).mean() / window
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 2e-4)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-4)])
 def test_entropy_and_distance_equal_a_dense_attention_row(dtype: torch.dtype, tolerance: float) -> None:
     model, tokens, window = random_model().to(dtype), random_tokens(1, 70), SMALL.density_window
     with torch.no_grad():
@@ -81,6 +117,89 @@ def test_predictive_entropy_is_in_bits(bits: int) -> None:
     logits = torch.full((256,), -1e4)
     logits[: 2**bits] = 5.0
     assert predictive_entropy(logits).item() == pytest.approx(bits, abs=1e-4)
+
+
+def analysed(trace: ScanTrace, logits: torch.Tensor, pieces: tuple[int, ...]) -> torch.Tensor:
+    """Features of a trace that is given to a new analyzer in pieces of these lengths."""
+    config = SMALL.model_copy(update={"chunk_size": 8, "d_state": N, "d_model": H * P, "expand": 1, "headdim": P})
+    analyzer = InformationDensityAnalyzer(config)
+    state = analyzer.zero_state(len(logits), logits.device)
+    state = state.map(lambda value: value.to(logits.dtype) if value.is_floating_point() else value)
+    parts, start = [], 0
+    for size in pieces:
+        here = slice(start, start + size)
+        chunks = trace.before[:, start // 8 : -(-(start + size) // 8)]
+        part = ScanTrace(trace.x[:, here], trace.dt[:, here], trace.A, trace.B[:, here], trace.C[:, here], chunks,
+                         trace.after)  # fmt: skip
+        features, state = analyzer(logits[:, here], part, state)
+        parts.append(features)
+        start += size
+    return torch.cat(parts, 1)
+
+
+def test_features_do_not_depend_on_pieces_or_batch_mates() -> None:
+    trace, logits = make_trace(), torch.randn(2, L, 257, dtype=torch.float64)
+    whole = analysed(trace, logits, (L,))
+    torch.testing.assert_close(analysed(trace, logits, (8, 16, 8, 13)), whole, atol=1e-9, rtol=1e-9)
+    for row in range(2):
+        alone = ScanTrace(*(value if value is trace.A else value[row : row + 1] for value in (
+            trace.x, trace.dt, trace.A, trace.B, trace.C, trace.before, trace.after)))  # fmt: skip
+        torch.testing.assert_close(analysed(alone, logits[row : row + 1], (L,))[0], whole[row], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [0.0, 1e-8, 1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("scaled", ["x", "dt", "B", "C", "all"])
+def test_gradients_through_the_density_are_finite_at_every_scale(scaled: str, scale: float, dtype: torch.dtype) -> None:
+    trace = make_trace(torch.float64)
+    inputs = {
+        name: (getattr(trace, name) * (scale if scaled in (name, "all") else 1.0)).to(dtype).requires_grad_()
+        for name in ("x", "dt", "B", "C")
+    }
+    A, zero = trace.A.to(dtype), torch.zeros(2, H, P, N, dtype=dtype)
+    logits = (torch.randn(2, L, 257, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+    x, dt, B, C = inputs.values()
+    scan = ssd_scan(x, dt, A, B, C, initial_state=zero, chunk_size=8)
+    whole = ScanTrace(x, dt, A, B, C, scan.chunk_states, scan.final_state)
+    features = analysed(whole, logits, (L,))
+    density = random_model().to(dtype).density.requires_grad_()
+    density.combine(features).sum().backward()
+    gradients = [*(value.grad for value in inputs.values()), logits.grad, density.raw_weight.grad, density.bias.grad]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    if scale:
+        assert inputs["x"].grad.any()
+
+
+def test_the_work_is_linear_in_the_length() -> None:
+    def work(length: int) -> int:
+        model, tokens = random_model(), random_tokens(1, length)
+        state = model.allocate_state(1)
+        with torch.no_grad():
+            encoded = model.encode(tokens, state.encoder)
+            logits = model.exit_head(encoded.hidden)
+            with FlopCounterMode(display=False) as counter:
+                model.density(logits, encoded.trace, state.density)
+        return counter.get_total_flops()
+
+    assert work(256) > 0
+    assert work(1024) == 4 * work(256)
+
+
+@pytest.mark.parametrize("window_size", [1, 2, 31, 32, 100])
+def test_smoothing_is_a_causal_mean_of_the_same_length(window_size: int) -> None:
+    density = torch.rand(3, 60, dtype=torch.float64) * torch.logspace(-6, 2, 60, dtype=torch.float64)
+    smooth = smooth_density(density, window_size)
+    expected = torch.stack([density[:, max(0, t + 1 - window_size) : t + 1].mean(1) for t in range(60)], 1)
+    torch.testing.assert_close(smooth, expected, atol=1e-12, rtol=1e-9)
+    changed = density.clone()
+    changed[:, 40:] += 5.0
+    assert torch.equal(smooth_density(changed, window_size)[:, :40], smooth[:, :40])
+    assert (smooth_density(changed, window_size)[:, 40] > smooth[:, 40]).all()
+
+
+def test_a_window_without_bytes_is_refused() -> None:
+    with pytest.raises(ValueError, match="window_size = 0 must be at least 1"):
+        smooth_density(torch.ones(1, 4), 0)
 
 
 def test_features_of_steps_equal_those_of_a_pass() -> None:

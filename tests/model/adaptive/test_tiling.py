@@ -37,7 +37,7 @@ def test_plans_keep_the_budget_within_two_percent_on_any_text(text: str, rate: f
 def test_a_plan_costs_less_than_even_tiles_of_the_same_number() -> None:
     tiles, density = TileManager(ModelConfig()), TEXTS["random"][:512]
     price = 0.8
-    found = tiles.optimize_tiling(density, price, 1.0)
+    found = tiles.cheapest_tiling(density, price, 1.0)
     even = np.linspace(0, 512, len(found) + 1).astype(int)
 
     def lost(ends: list[int]) -> float:
@@ -55,7 +55,7 @@ def test_a_plan_costs_less_than_even_tiles_of_the_same_number() -> None:
 
 def test_tiles_follow_each_other_within_their_sizes() -> None:
     tiles = TileManager(ModelConfig(min_tile_size=3, max_tile_size=20))
-    found = tiles.optimize_tiling(TEXTS["random"][:500], 1.0, 1.0)
+    found = tiles.cheapest_tiling(TEXTS["random"][:500], 1.0, 1.0)
     assert [tile.start for tile in found] == [0, *(tile.end for tile in found[:-1])]
     assert all(3 <= tile.end - tile.start <= 20 for tile in found)
     assert 500 - found[-1].end < 20

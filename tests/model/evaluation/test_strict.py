@@ -40,7 +40,7 @@ def test_long_documents_are_carried_over_pieces() -> None:
     assert seen == [PIECE, 700]
     with torch.no_grad():
         tokens = torch.tensor([[DOCUMENT, *document]])
-        density = model.analyse(tokens[:, :-1])[0].double().numpy()
+        density = model.analyse(tokens[:, :-1])[0].numpy()
         fires = model.tiles.online(density, model.cost.rates(0.6).decode, Pace(0, 0, 0, 0.0))
         logits = model(tokens[:, :-1], torch.from_numpy(fires.astype(bool)).unsqueeze(0))
         nats = torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:], reduction="sum").item()

@@ -8,10 +8,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.ops.tiling import fire_evenly, fire_online, pacing_error, plan_block, staleness_table, tiling_loss
+from model.ops.tiling import (
+    fire_evenly,
+    fire_online,
+    pacing_error,
+    plan_block,
+    plan_blocks,
+    staleness_table,
+    tiling_loss,
+)
 
 
-def brute_force(density: np.ndarray, table: np.ndarray, price: float, carry: int, sizes: tuple[int, int]) -> float:
+def restarts(fires: np.ndarray, carry: int) -> int:
+    """Tiles of more than one byte."""
+    fired_before = np.concatenate([[carry == 0], fires[:-1]])
+    return int(((fires == 1) & (fired_before == 0)).sum())
+
+
+def cost_of(fires: np.ndarray, density: np.ndarray, table: np.ndarray, price: float, entry: float, carry: int) -> float:
+    return float(tiling_loss(fires, density, table, carry)) + price * int(fires.sum()) + entry * restarts(fires, carry)
+
+
+def brute_force(
+    density: np.ndarray, table: np.ndarray, price: float, entry: float, carry: int, sizes: tuple[int, int]
+) -> float:
     """The least cost over every allowed set of fires."""
     least, most = sizes
     best = math.inf
@@ -25,35 +45,71 @@ def brute_force(density: np.ndarray, table: np.ndarray, price: float, carry: int
             if fire:
                 size, first = 0, False
         if allowed:
-            array = np.array(fires, np.uint8)
-            best = min(best, float(tiling_loss(array, density, table, carry)) + price * sum(fires))
+            best = min(best, cost_of(np.array(fires, np.uint8), density, table, price, entry, carry))
     return best
 
 
 @given(
     st.lists(st.floats(0, 8), min_size=1, max_size=9),
     st.floats(0.01, 6),
+    st.floats(0, 4),
     st.integers(0, 5),
     st.integers(1, 3),
     st.integers(0, 6),
     st.floats(0.3, 9),
 )
 def test_the_plan_is_as_cheap_as_the_best_of_all(
-    values: list[float], price: float, carry: int, least: int, more: int, tau: float
+    values: list[float], price: float, entry: float, carry: int, least: int, more: int, tau: float
 ) -> None:
     density, table, sizes = np.array(values), staleness_table(tau, 64), (least, least + more)
-    expected = brute_force(density, table, price, carry, sizes)
-    fires, tiles, cost = plan_block(density, table, price, carry, *sizes)
-    if math.isinf(expected):
-        return  # no tiling fits, as when the text ends before the first tile may
+    expected = brute_force(density, table, price, entry, carry, sizes)
+    fires, tiles, cost = plan_block(density, table, price, entry, carry, *sizes)
     assert cost == pytest.approx(expected, abs=1e-9)
     assert tiles == fires.sum()
-    assert float(tiling_loss(fires, density, table, carry)) + price * tiles == pytest.approx(cost, abs=1e-9)
+    assert cost_of(fires, density, table, price, entry, carry) == pytest.approx(cost, abs=1e-9)
+
+
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 120), st.integers(1, 6), st.integers(0, 30), st.integers(0, 50),
+    st.floats(0.05, 20), st.sampled_from([0.0, 0.05, 0.5, 5.0]), st.sampled_from([0.0, 0.1, 2.0]),
+)  # fmt: skip
+def test_dropping_starts_loses_nothing(
+    seed: int, length: int, least: int, more: int, carry: int, tau: float, price: float, entry: float
+) -> None:
+    """The programme without dropping, too long for brute force; half of the bytes may cost nothing."""
+    random = np.random.default_rng(seed)
+    density = random.exponential(size=length) * (random.random(length) < random.random())
+    table, most = staleness_table(tau, carry + length + 1), least + more
+    best = [0.0] + [math.inf] * length
+    total = math.inf
+    for start in range(length + 1):
+        age, loss = (0 if start else carry), best[start]
+        for end in range(start + 1, length + 1):
+            if age >= most and end > start + 1:
+                break
+            age += 1
+            if age >= least:
+                best[end] = min(best[end], loss + price + (entry if age > 1 else 0.0))
+            loss += density[end - 1] * table[age]
+        else:
+            total = min(total, loss if age < most or start == length else math.inf)
+    assert plan_block(density, table, price, entry, carry, least, most)[2] == pytest.approx(total, abs=1e-9)
+
+
+def test_a_batch_of_blocks_is_planned_as_each_alone() -> None:
+    random = np.random.default_rng(2)
+    density, table = random.exponential(size=(6, 200)), staleness_table(3.0, 300)
+    prices, carries = np.geomspace(0.01, 10, 6), np.array([0, 1, 5, 20, 64, 90])
+    fires, tiles, costs = plan_blocks(density, table, prices, 0.3, carries, 2, 40)
+    for row in range(6):
+        alone = plan_block(density[row], table, prices[row], 0.3, carries[row], 2, 40)
+        assert np.array_equal(fires[row], alone[0])
+        assert (tiles[row], costs[row]) == alone[1:]
 
 
 def test_a_higher_price_never_buys_more_tiles() -> None:
     density, table = np.random.default_rng(0).exponential(size=300), staleness_table(2.0, 400)
-    counts = [plan_block(density, table, price, 0, 1, 64)[1] for price in np.geomspace(0.01, 20, 30)]
+    counts = [plan_block(density, table, price, 0.0, 0, 1, 64)[1] for price in np.geomspace(0.01, 20, 30)]
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > 200
     assert counts[-1] == 300 // 64
@@ -73,14 +129,16 @@ TEXTS = {
 def test_online_firing_stays_near_its_quota_even_with_a_wrong_threshold(
     text: str, rate: float, log_threshold: float
 ) -> None:
-    fires = fire_online(TEXTS[text], staleness_table(2.0, 64), rate, log_threshold, 0, 0, 0.0, 0, 1, 64)
+    fires = fire_online(TEXTS[text], staleness_table(2.0, 64), rate, log_threshold, 0.5, 0, 0, 0.0, 0, 1, 64)
     position = np.arange(1, 4001)
-    error = [pacing_error(*each) for each in zip(np.cumsum(fires), rate * position, position, strict=True)]
+    error = [
+        pacing_error(*each) for each in zip(np.cumsum(fires), rate * position, position, [rate] * 4000, strict=True)
+    ]
     assert max(map(abs, error)) < 2.0
 
 
 def test_online_firing_prefers_dense_bytes() -> None:
-    fires = fire_online(TEXTS["spiky"], staleness_table(2.0, 64), 1 / 37, 0.0, 0, 0, 0.0, 0, 1, 64)
+    fires = fire_online(TEXTS["spiky"], staleness_table(2.0, 64), 1 / 37, 0.0, 0.3, 0, 0, 0.0, 0, 1, 64)
     assert fires[TEXTS["spiky"] > 1].mean() > 0.9
     assert fires[TEXTS["spiky"] < 1].mean() < 0.01
 
@@ -88,7 +146,7 @@ def test_online_firing_prefers_dense_bytes() -> None:
 def test_rates_of_zero_and_one_leave_no_choice() -> None:
     table = staleness_table(2.0, 64)
     for rate in (0.0, 1.0):
-        assert (fire_online(TEXTS["random"], table, rate, 0.0, 0, 0, 0.0, 0, 1, 64) == rate).all()
+        assert (fire_online(TEXTS["random"], table, rate, 0.0, 1.0, 0, 0, 0.0, 0, 1, 64) == rate).all()
 
 
 @given(st.floats(0.01, 1.0), st.integers(1, 500))

@@ -49,12 +49,12 @@ def test_full_resolution_alone_is_the_plain_cross_entropy() -> None:
 
 def test_fires_meet_the_rate_and_follow_the_text_unless_uniform() -> None:
     tiles = random_model().tiles
-    density = torch.from_numpy(np.random.default_rng(0).exponential(size=(2, 1000)))
+    density = np.random.default_rng(0).exponential(size=(2, 20)).repeat(50, axis=1)
     fires = choose_fires(tiles, density, REDUCED)
-    assert fires.float().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert fires.mean() == pytest.approx(0.3, abs=0.03)
     assert density[fires].mean() > 1.5 * density[~fires].mean()
     even = choose_fires(tiles, density, Reduced(0.25, True, None, 0.1))
-    assert torch.equal(even, (torch.arange(1, 1001) % 4 == 0).expand(2, -1))
+    assert np.array_equal(even, np.tile(np.arange(1, 1001) % 4 == 0, (2, 1)))
     assert not choose_fires(tiles, density, Reduced(0.0, False, None, 0.1)).any()
 
 
@@ -73,7 +73,7 @@ def test_calibrated_thresholds_meet_their_rates_without_the_controller() -> None
     calibrate(model, tokens)
     for table in (model.tiles.log_thresholds, model.tiles.log_prices):
         assert (table.diff() <= 0).all()
-    densities = model.analyse(tokens).double().numpy()
+    densities = model.analyse(tokens).numpy()
     for rate in RATES[4:-1:3]:
         fires = [model.tiles.online(np.ascontiguousarray(row), rate, Pace(0, 0, 0, 0.0)).mean() for row in densities]
         assert np.mean(fires) == pytest.approx(rate, rel=0.15)
