@@ -6,31 +6,34 @@ the error between fires and quota bends the threshold smoothly, inside the seque
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from model.ops.tiling import INERTIA
+from model.ops.tiling import FARTHEST, INERTIA
 from model.state import RouterState
 
 
 def quota_error(fires: Tensor, quota: Tensor, positions: Tensor, rates: Tensor) -> Tensor:
     """Fires ahead (positive) or behind (negative) of the quota, in units of the tolerated gap.
 
-    The gap is 6 fires, or 1.2 % of the bytes and 3 % of the fires due where that is more: enough room for stretches of
+    The gap is 6 fires, or 1 % of the bytes and 2 % of the fires due where that is more: enough room for stretches of
     fires, little enough to be within a few percent of the budget after 2,048 bytes. The compiled twin is
     :func:`model.ops.tiling.pacing_error`.
     """
-    return (fires - quota) / ((0.012 + 0.03 * rates) * positions).clamp_min(6.0)
+    return (fires - quota) / ((0.01 + 0.02 * rates) * positions).clamp_min(6.0)
 
 
 def adapt_resolution(log_threshold: Tensor, error: Tensor, spread: Tensor, running: Tensor) -> Tensor:
-    """The corrected log threshold [B]: gentle near the quota, a wall (cubic) one tolerated gap away from it.
+    """The corrected log threshold [B]: gentle near the quota, steep one tolerated gap away from it, then a wall.
 
     Args:
         log_threshold: [B]. error: [B] of the quota. spread: of the log density over text, the unit of the correction.
         running: [B] bool, the byte before fired; a stretch of fires goes on more easily than it begins.
     """
-    return log_threshold + spread * (error + 4.0 * error**3 + torch.where(running, -INERTIA, INERTIA))
+    corrected = log_threshold + spread * (error + 4.0 * error**3 + torch.where(running, -INERTIA, INERTIA))
+    return torch.where(error.abs() < FARTHEST, corrected, error * math.inf)
 
 
 def fire_step(

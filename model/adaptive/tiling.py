@@ -233,7 +233,22 @@ class TileManager(nn.Module):
         if low <= calibrated.tiles <= high:
             return calibrated.fires
         wanted = high if calibrated.tiles > high else low
-        return spend_tiles(solve, wanted, _dearest(density), calibrated).fires
+        plan = spend_tiles(solve, wanted, _dearest(density), calibrated)
+        if plan.tiles < low and self.min_tile_size == 1:
+            return _prolong(plan.fires, density, low - plan.tiles)
+        return plan.fires
+
+
+def _prolong(fires: Bytes, density: Floats, missing: int) -> Bytes:
+    """Fires [L] with ``missing`` more, in the gap after the densest fire and, that filled, in those that follow.
+
+    Plans made of long stretches lie far apart on the hull: none may have about the number of tiles that is due.
+    """
+    free = np.flatnonzero(fires == 0)
+    densest = int(np.argmax(np.where(fires > 0, density, -1.0)))
+    prolonged = fires.copy()
+    prolonged[np.roll(free, -int(np.searchsorted(free, densest)))[:missing]] = 1
+    return prolonged
 
 
 def _dearest(density: Floats) -> float:
@@ -242,8 +257,8 @@ def _dearest(density: Floats) -> float:
 
 
 def _slack(position: int, rate: float) -> float:
-    """Fires that a plan may be away from the quota: 12 or 10 % of those due, or 1 to 3 % of the bytes if more."""
-    return max(min(12.0, 0.1 * rate * position), (0.008 + 0.02 * rate) * position * min(1.0, 4.0 * rate))
+    """Fires that a plan may be away from the quota: 12 or 10 % of those due, or 1 to 2 % of the bytes if more."""
+    return max(min(12.0, 0.1 * rate * position), (0.008 + 0.01 * rate) * position * min(1.0, 4.0 * rate))
 
 
 def _bounds(target: float, slack: float, length: int) -> tuple[int, int]:

@@ -20,6 +20,8 @@ Booleans = NDArray[np.bool_]
 
 INERTIA = 3.0
 """Of the online rule, in units of the spread of the log density: what keeps stretches of fires together."""
+FARTHEST = 1.25
+"""Gaps from the quota beyond which every byte fires, or none, whatever the text."""
 
 
 def staleness_table(tau: float, size: int) -> Floats:
@@ -160,7 +162,7 @@ def smooth_rows(density: Floats, levels: Floats, seen: Integers, window: int) ->
 @njit(cache=True)
 def pacing_error(fires: float, quota: float, position: float, rate: float) -> float:  # pragma: no cover - compiled
     """Fires ahead (positive) or behind (negative) of the quota, in units of the tolerated gap at ``position``."""
-    return (fires - quota) / max(6.0, (0.012 + 0.03 * rate) * position)
+    return (fires - quota) / max(6.0, (0.01 + 0.02 * rate) * position)
 
 
 @njit(cache=True)
@@ -181,7 +183,7 @@ def fires_now(
 
     Fires where ``density * staleness(age) >= exp(log_threshold + spread * (e + 4 e^3 + i))``, e the pacing error, or
     where the tile is full and the quota is not exceeded. The inertia i keeps a stretch of fires going (-) and delays
-    the next one (+).
+    the next one (+). ``FARTHEST`` gaps behind the quota every byte fires, as far ahead of it none.
 
     Args:
         density: bits. staleness: table by age, its last entry serves all greater ages. rate: allowed fires per byte.
@@ -192,6 +194,8 @@ def fires_now(
     if age < min_size:
         return False
     error = pacing_error(fires, quota, position, rate)
+    if abs(error) >= FARTHEST:
+        return error < 0.0
     inertia = -INERTIA if age == 1 else INERTIA
     threshold = math.exp(min(log_threshold + spread * (error + 4.0 * error**3 + inertia), 700.0))
     return bool(density * staleness[min(age, staleness.shape[0] - 1)] >= threshold or (age >= max_size and error < 1.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,7 +47,7 @@ def test_the_state_gradient_is_exact_at_every_scale(scale: float) -> None:
     x, dt, B = trace.x * scale, trace.dt * min(scale, 1.0), trace.B * scale
     zero = torch.zeros(2, H, P, N, dtype=torch.float64)
     scan = ssd_scan(x, dt, trace.A, B, B, initial_state=zero, chunk_size=8)
-    exact = ScanTrace(x, dt, trace.A, B, B, scan.chunk_states, scan.final_state)
+    exact = ScanTrace(x, dt, trace.A, B, B, scan.chunk_states)
     expected = states(exact).diff(dim=1).flatten(2).norm(dim=-1).log1p()
     single = ScanTrace(*(getattr(exact, name).float() for name in ScanTrace.__slots__))
     torch.testing.assert_close(state_gradient(single, 8).double(), expected, atol=0, rtol=1e-3)
@@ -79,7 +80,7 @@ def test_the_state_gradient_of_a_state_at_rest_is_zero_up_to_cancellation() -> N
     x, B = ones[..., None, None].expand(-1, -1, H, P), ones[..., None].expand(-1, -1, N)
     dt, A = ones[..., None].expand(-1, -1, H) * 0.5, -torch.ones(H, dtype=torch.float64)
     scan = ssd_scan(x, dt, A, B, B, initial_state=torch.zeros(1, H, P, N, dtype=torch.float64), chunk_size=8)
-    found = state_gradient(ScanTrace(x, dt, A, B, B, scan.chunk_states, scan.final_state), 8)
+    found = state_gradient(ScanTrace(x, dt, A, B, B, scan.chunk_states), 8)
     assert found[0, 0] > 1.0
     assert found[0, 200:].max() < 10 * math.sqrt(torch.finfo(torch.float64).eps) * scan.final_state.norm()
 
@@ -129,8 +130,7 @@ def analysed(trace: ScanTrace, logits: torch.Tensor, pieces: tuple[int, ...]) ->
     for size in pieces:
         here = slice(start, start + size)
         chunks = trace.before[:, start // 8 : -(-(start + size) // 8)]
-        part = ScanTrace(trace.x[:, here], trace.dt[:, here], trace.A, trace.B[:, here], trace.C[:, here], chunks,
-                         trace.after)  # fmt: skip
+        part = ScanTrace(trace.x[:, here], trace.dt[:, here], trace.A, trace.B[:, here], trace.C[:, here], chunks)
         features, state = analyzer(logits[:, here], part, state)
         parts.append(features)
         start += size
@@ -143,7 +143,7 @@ def test_features_do_not_depend_on_pieces_or_batch_mates() -> None:
     torch.testing.assert_close(analysed(trace, logits, (8, 16, 8, 13)), whole, atol=1e-9, rtol=1e-9)
     for row in range(2):
         alone = ScanTrace(*(value if value is trace.A else value[row : row + 1] for value in (
-            trace.x, trace.dt, trace.A, trace.B, trace.C, trace.before, trace.after)))  # fmt: skip
+            trace.x, trace.dt, trace.A, trace.B, trace.C, trace.before)))  # fmt: skip
         torch.testing.assert_close(analysed(alone, logits[row : row + 1], (L,))[0], whole[row], atol=1e-9, rtol=1e-9)
 
 
@@ -160,7 +160,7 @@ def test_gradients_through_the_density_are_finite_at_every_scale(scaled: str, sc
     logits = (torch.randn(2, L, 257, dtype=torch.float64) * scale).to(dtype).requires_grad_()
     x, dt, B, C = inputs.values()
     scan = ssd_scan(x, dt, A, B, C, initial_state=zero, chunk_size=8)
-    whole = ScanTrace(x, dt, A, B, C, scan.chunk_states, scan.final_state)
+    whole = ScanTrace(x, dt, A, B, C, scan.chunk_states)
     features = analysed(whole, logits, (L,))
     density = random_model().to(dtype).density.requires_grad_()
     density.combine(features).sum().backward()
@@ -224,3 +224,23 @@ def test_density_is_positive_and_rises_with_every_feature() -> None:
         more = features.clone()
         more[:, index] += 1.0
         assert (density.combine(more) >= base).all()
+
+
+@pytest.mark.parametrize("pieces", [(60,), (1,) * 60, (7, 33, 20)])
+def test_the_smoothed_density_is_a_mean_that_turns_into_an_exponential_average(pieces: tuple[int, ...]) -> None:
+    analyzer = InformationDensityAnalyzer(SMALL.model_copy(update={"window_size": 8}))
+    density = torch.rand(3, 60, dtype=torch.float64)
+    state, parts = analyzer.zero_state(3, density.device), []
+    for piece in density.split(pieces, dim=1):
+        after = state.map(torch.clone)
+        after.seen += piece.shape[1]
+        parts.append(analyzer.smooth(piece, state, after))
+        state = after
+    level, expected = torch.zeros(3, dtype=torch.float64), []
+    for t in range(60):
+        level = level + (density[:, t] - level) / min(t + 1, 8)
+        expected.append(level)
+    smoothed = torch.from_numpy(np.concatenate(parts, 1))
+    torch.testing.assert_close(smoothed, torch.stack(expected, 1), atol=1e-12, rtol=0)
+    torch.testing.assert_close(smoothed[:, :8], density[:, :8].cumsum(1) / torch.arange(1, 9), atol=1e-12, rtol=0)
+    assert torch.equal(state.level, smoothed[:, -1])

@@ -46,13 +46,13 @@ def compute_ratio(model: AdaptiveAttentionSystem, fires: np.ndarray, budget: flo
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("mistake", [-3.0, 0.0, 3.0])
+@pytest.mark.parametrize("mistake", [-10.0, 0.0, 10.0])
 def test_online_compute_meets_the_target_from_either_side(
     embedded: AdaptiveAttentionSystem, densities: dict[str, np.ndarray], text: str, budget: float, mistake: float
 ) -> None:
-    """A threshold e^3 times too low begins over the target, one too high begins under it."""
+    """A threshold ten spreads of the density too low begins over the target, one too high begins under it."""
     rate, tiles = embedded.cost.rates(budget).decode, embedded.tiles
-    log_threshold = tiles.log_at(tiles.log_thresholds, rate) + mistake
+    log_threshold = tiles.log_at(tiles.log_thresholds, rate) + mistake * tiles.spread
     fires = tiles.online(densities[text], rate, Pace(0, 0, 0, 0.0), log_threshold)
     ratio = compute_ratio(embedded, fires, budget, 1)
     assert np.abs(ratio[2047:] - 1).max() < 0.05
@@ -80,7 +80,7 @@ def test_a_sequence_off_its_quota_returns_without_oscillation(
 ) -> None:
     """Three tolerated gaps behind or ahead, as after a change of budget: straight back, not out at the far side."""
     rate, at = embedded.cost.rates(budget).decode, 4096
-    before = round(rate * at + gaps * (0.012 + 0.03 * rate) * at)
+    before = round(rate * at + gaps * (0.01 + 0.02 * rate) * at)
     fires = embedded.tiles.online(densities[text], rate, Pace(at, at, before, rate * at))
     position = at + np.arange(1, LENGTH + 1)
     counts = before + fires.cumsum(dtype=np.int64)
@@ -91,18 +91,19 @@ def test_a_sequence_off_its_quota_returns_without_oscillation(
     assert 0 < inside < 512
     assert (np.sign(gaps) * np.diff(error[:inside])).max() < 0  # towards the quota at every byte
     assert np.abs(error[inside:]).max() <= 1.1
-    assert (np.sign(gaps) * error).min() > -0.5
-    assert abs(error[-1]) < 0.5
+    # Stretches of fires and gaps by turns stay within one tolerated gap.
+    assert (np.sign(gaps) * error).min() > -1.1
 
 
 def test_online_firing_leaves_the_dense_passages_last() -> None:
     """Passages of density 1, 2 and 4 by turns: as the budget falls, each lower density gives up its fires first.
 
-    They are as short as the tolerated gap: a longer one may not run further ahead of the quota than the gap.
+    They are as long as the tolerated gap allows: a longer one may not run further ahead of the quota.
     """
-    scale = np.tile(np.repeat([1.0, 2.0, 4.0], 8), LENGTH // 24 + 1)[:LENGTH]
+    scale = np.tile(np.repeat([1.0, 2.0, 4.0], 32), LENGTH // 96 + 1)[:LENGTH]
     density = scale * np.random.default_rng(0).uniform(0.8, 1.2, LENGTH)
     tiles = TileManager(ModelConfig())
+    tiles.update_spread(density, 1.0)
     rates = (0.9, 0.7, 0.5, 0.3, 0.1)
     kept = {}
     for rate in rates:
@@ -114,8 +115,8 @@ def test_online_firing_leaves_the_dense_passages_last() -> None:
         assert kept[rate][2] - kept[rate][0] > 0.1
     for high, low in itertools.pairwise(rates):
         assert all(after <= before + 0.02 for before, after in zip(kept[high], kept[low], strict=True))
-    assert kept[0.7][2] > 0.95  # whole, where the least dense passages have lost most
-    assert kept[0.7][0] < 0.4
+    assert kept[0.7][2] > 0.9  # nearly whole, where the least dense passages have lost half
+    assert kept[0.7][0] < 0.5
     assert kept[0.1][2] > 4 * kept[0.1][1]
 
 
