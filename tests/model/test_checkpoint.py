@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from model.checkpoint import EMBEDDED_CHECKPOINT, CheckpointError, load_checkpoint, read_config, save_checkpoint
-from tests.model.shapes import random_model
+from model.config import ModelConfig
+from tests.model.shapes import SMALL, random_model
 
 
 @pytest.fixture
@@ -45,6 +46,9 @@ def test_a_loaded_model_is_ready_to_serve(folder: Path) -> None:
         ({"d_model": 0}, r"model\.d_model: .*greater than or equal to 1"),
         ({"headdim": 24}, "must be a multiple of headdim"),
         ({"d_state_levels": [16, 8]}, "d_state_levels"),
+        ({"dt_limits": [0.1, 0.01]}, r"dt_limits = \(0\.1, 0\.01\) must be at least 0, and rise"),
+        ({"dt_limits": [-0.1, None]}, "dt_limits"),
+        ({"tied_head": False}, r"does not fit config\.json"),
         ({"name": "a b"}, r"model\.name"),
         ({"trunk_layers": 3}, r"does not fit config\.json"),
     ],
@@ -53,6 +57,15 @@ def test_a_bad_value_is_named(folder: Path, change: dict, message: str) -> None:
     edit(folder, **change)
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(folder)
+
+
+def test_weights_of_its_own_for_the_head_come_back(tmp_path: Path) -> None:
+    model = random_model(ModelConfig(**{**SMALL.model_dump(), "tied_head": False, "dt_limits": (0.001, 0.1)}))
+    save_checkpoint(model, tmp_path)
+    loaded = load_checkpoint(tmp_path)
+    assert loaded.config == model.config
+    assert torch.equal(loaded.head_weight, model.output.weight)
+    assert not torch.equal(loaded.head_weight, loaded.embedding.weight)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors", b"\xff" * 64])

@@ -26,6 +26,19 @@ def test_mates_of_other_budgets_change_nothing(model: AdaptiveAttentionSystem) -
         assert torch.equal(fired[0], fires[row])
 
 
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_mates_of_other_state_sizes_change_nothing(model: AdaptiveAttentionSystem, level: int) -> None:
+    """A batch is as wide as its widest row needs; a narrow row must not notice."""
+    levels, tokens = model.config.d_state_levels, random_tokens(5, 60)
+    rates = torch.tensor([1.0, 0.5, 1.0, 0.3, 0.9], dtype=torch.float64)
+    width, state = levels[level], model.allocate_state(5)
+    model.resize_state_space(state, torch.tensor([levels[2], width, levels[0], levels[1], width]))
+    logits = torch.stack([model.step(column, state, rates).logits for column in tokens.unbind(1)], 1)
+    for row in (1, 4):
+        alone, _ = step_through(model, tokens[row : row + 1], rates[row : row + 1], d_state=width)
+        assert torch.equal(alone[0], logits[row])
+
+
 def test_the_order_of_the_batch_changes_nothing(model: AdaptiveAttentionSystem) -> None:
     tokens, order = random_tokens(len(RATES), 40), torch.randperm(len(RATES))
     logits, fires = step_through(model, tokens, RATES)

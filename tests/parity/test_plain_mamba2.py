@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from transformers.models.mamba2.configuration_mamba2 import Mamba2Config
@@ -22,12 +24,13 @@ def transplant(model: AdaptiveAttentionSystem) -> Mamba2ForCausalLM:
             hidden_size=config.d_model, state_size=config.d_state, num_hidden_layers=len(blocks), expand=config.expand,
             conv_kernel=config.d_conv, n_groups=1, chunk_size=32, layer_norm_epsilon=config.norm_eps, use_cache=False,
             tie_word_embeddings=False, residual_in_fp32=True,
+            time_step_limit=(config.dt_limits[0], config.dt_limits[1] or math.inf),
         )
     )  # fmt: skip
     weights = {
         "backbone.embeddings.weight": model.embedding.weight,
         "backbone.norm_f.weight": model.final_norm.weight,
-        "lm_head.weight": model.embedding.weight,
+        "lm_head.weight": model.head_weight,
     }
     for index, block in enumerate(blocks):
         mixer, name = block.mixer, f"backbone.layers.{index}"
@@ -50,12 +53,16 @@ def transplant(model: AdaptiveAttentionSystem) -> Mamba2ForCausalLM:
         ({"expand": 4, "headdim": 32, "chunk_size": 8}, 64),
         ({"d_state": 24, "d_state_levels": (24,), "d_conv": 3}, 50),
         ({"d_model": 48, "d_trunk": 48, "headdim": 8, "trunk_layers": 3, "decoder_layers": 0}, 33),
+        ({"tied_head": False, "vocab_size": 500}, 20),
+        ({"dt_limits": (0.02, 0.06)}, 40),
     ],
 )
 def test_full_budget_equals_an_independent_mamba2(changes: dict, length: int) -> None:
     config = ModelConfig(**{**SMALL.model_dump(), "d_trunk": 32, **changes})
     model = random_model(config)
     tokens = random_tokens(2, length)
+    if not config.tied_head:
+        model.output.weight.normal_()
     with torch.no_grad():
         expected = transplant(model)(tokens).logits
         assert expected.std() > 0.1, "the comparison is of something"

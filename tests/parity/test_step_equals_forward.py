@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model.adaptive.tiling import Pace
+from model.config import ModelConfig
 from tests.model.shapes import SMALL, random_model, random_tokens, step_through
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -25,6 +26,52 @@ def test_stepping_equals_one_forward_pass(rate: float, d_state: int | None) -> N
     logits, fires = step_through(model, tokens, torch.tensor([rate], dtype=torch.float64), d_state)
     assert fires.float().mean().item() == pytest.approx(rate, abs=0.2)
     torch.testing.assert_close(logits, model(tokens, fires, d_state=d_state), **CLOSE)
+
+
+def test_rows_of_other_rates_and_state_sizes_step_as_in_one_pass() -> None:
+    """Rows fire at different bytes, so a pass packs tiles of different numbers, and goes on from there."""
+    model, tokens = random_model(), random_tokens(4, 120)
+    rates, columns = torch.tensor([1.0, 0.6, 0.2, 0.0], dtype=torch.float64), torch.tensor([8, 16, 4, 16])
+    stepped, passed = model.allocate_state(4), model.allocate_state(4)
+    for state in (stepped, passed):
+        model.resize_state_space(state, columns)
+    outputs = [model.step(column, stepped, rates) for column in tokens.unbind(1)]
+    fires = torch.stack([output.fired for output in outputs], 1)
+    assert len(set(fires.sum(1).tolist())) == 4
+    with torch.inference_mode():
+        hidden = model.encode(tokens, passed.encoder).hidden
+        logits = [
+            model.head(model.combine(hidden[:, part], fires[:, part], passed))
+            for part in (slice(0, 48), slice(48, 120))
+        ]
+    torch.testing.assert_close(torch.stack([output.logits for output in outputs], 1), torch.cat(logits, 1), **CLOSE)
+    for one, other in zip(stepped.trunk, passed.trunk, strict=True):
+        torch.testing.assert_close(one.ssm_state, other.ssm_state, **CLOSE)
+        torch.testing.assert_close(one.conv_state, other.conv_state, **CLOSE)
+
+
+def test_a_resize_in_mid_sequence_is_the_same_for_steps_and_passes() -> None:
+    model, tokens = random_model(), random_tokens(2, 96)
+    rates, columns = torch.ones(2, dtype=torch.float64), torch.tensor([4, 8])
+    stepped, passed = model.allocate_state(2), model.allocate_state(2)
+    steps, logits = [], []
+    with torch.inference_mode():
+        hidden = model.encode(tokens, passed.encoder).hidden
+        for start in (0, 48):
+            steps += [model.step(column, stepped, rates).logits for column in tokens[:, start : start + 48].unbind(1)]
+            logits.append(model.head(model.combine(hidden[:, start : start + 48], None, passed)))
+            for state in (stepped, passed):
+                model.resize_state_space(state, columns)
+    assert stepped.trunk[0].ssm_state.shape[-1] == 8
+    torch.testing.assert_close(torch.stack(steps, 1), torch.cat(logits, 1), **CLOSE)
+
+
+@pytest.mark.parametrize("changes", [{"tied_head": False, "vocab_size": 300}, {"dt_limits": (0.02, 0.06)}])
+def test_stepping_equals_a_pass_for_shapes_of_converted_models(changes: dict) -> None:
+    model, tokens = random_model(ModelConfig(**{**SMALL.model_dump(), **changes})), random_tokens(2, 60)
+    logits, fires = step_through(model, tokens, torch.tensor([1.0, 0.4], dtype=torch.float64))
+    torch.testing.assert_close(logits, model(tokens, fires), **CLOSE)
+    assert logits.shape[-1] == model.config.vocab_size
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -60,6 +62,17 @@ def test_every_batch_size_runs_the_same_compiled_code() -> None:
         for column in random_tokens(batch, 3).unbind(1):
             model.step(column, state, torch.full((batch,), 0.5, dtype=torch.float64))
     assert len(density_rows.signatures) == len(fire_rows.signatures) == len(block_rows.signatures) == 1
+
+
+def test_a_copy_of_a_model_runs_its_own_weights() -> None:
+    """The compiled loops read views of the parameters, which must not be those of the original."""
+    model, tokens, rates = random_model(), random_tokens(1, 20), torch.ones(1, dtype=torch.float64)
+    before, _ = step_through(model, tokens, rates)
+    other = copy.deepcopy(model)
+    assert torch.equal(step_through(other, tokens, rates)[0], before)
+    other.trunk[0].mixer.D.add_(1.0)
+    assert not torch.equal(step_through(other, tokens, rates)[0], before)
+    assert torch.equal(step_through(model, tokens, rates)[0], before)
 
 
 def test_a_step_without_compiled_code_is_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:

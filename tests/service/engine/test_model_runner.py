@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from model.config import ModelConfig
+from model.lm import AdaptiveAttentionSystem
+from service.engine.model_runner import ModelRunner
+from tests.service.servers import TINY
+
+WORK = """
+import importlib, pkgutil, time
+import model.ops
+from numba.core.dispatcher import Dispatcher
+from service.engine.engine import Engine
+from service.engine.model_runner import ModelRunner
+from service.engine.scheduler import Scheduler
+from service.metrics import Metrics
+from tests.service.engine.fakes import make_sequence
+from tests.service.servers import tiny_model
+
+modules = [importlib.import_module(f"model.ops.{module.name}") for module in pkgutil.iter_modules(model.ops.__path__)]
+loops = {f.__name__: f for module in modules for f in vars(module).values() if isinstance(f, Dispatcher)}
+
+def compiled():
+    return {name: len(f.signatures) for name, f in loops.items()}
+
+runner = ModelRunner(tiny_model())
+assert not any(compiled().values())
+runner.warm_up()
+warm = compiled()
+assert warm["block_rows"] == warm["mixer_rows"] == warm["density_rows"] == warm["plan_block"] == 1, warm
+engine = Engine(runner, Scheduler(5), Metrics("tiny"), time.monotonic)
+sequences = [
+    make_sequence(prompt, max_tokens, budget)
+    for prompt, max_tokens, budget in [(1, 30, 1.0), (63, 9, 0.6), (64, 20, 0.4), (200, 5, 0.01), (130, 12, 0.8)]
+]
+for sequence in sequences:
+    engine.add(sequence)
+while not engine.idle:
+    engine.step()
+assert all(sequence.finish is not None for sequence in sequences)
+assert compiled() == warm, (compiled(), warm)
+"""
+
+
+def test_nothing_is_compiled_after_the_warm_up() -> None:
+    """In a process of its own: in this one other tests may have compiled what the warm-up forgot."""
+    result = subprocess.run(
+        [sys.executable, "-c", WORK],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_model_of_another_vocabulary_is_refused() -> None:
+    config = ModelConfig(**{**TINY.model_dump(), "vocab_size": 300})
+    with pytest.raises(ValueError, match="tiny: vocab_size = 300 must be 257 to read bytes"):
+        ModelRunner(AdaptiveAttentionSystem(config))
