@@ -29,13 +29,18 @@ def test_a_bad_budget_is_named(server: Running, budget: object) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("prompt", None), ("prompt", 1), ("prompt", ["x"]), ("prompt", "x" * 2001), ("prompt", "\ud800"),
+        ("prompt", None), ("prompt", 1), ("prompt", []), ("prompt", [1, "x"]), ("prompt", ["x", [1]]),
+        ("prompt", [257]), ("prompt", [[-1]]),
+        ("prompt", [1.5]), ("prompt", ["x"] * 129), ("prompt", ["\ud800"]), ("prompt", [[True]]),
+        ("prompt", [10**400]), ("prompt", "x" * 2001), ("prompt", "\ud800"),
         ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 201), ("max_tokens", 10**30), ("max_tokens", "5"),
         ("max_tokens", 1.5), ("max_tokens", True), ("temperature", -0.1), ("temperature", 2.1),
         ("temperature", float("nan")), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.01), ("seed", 2**63),
         ("seed", 0.5), ("stop", [1]), ("stop", ""), ("stop", ["x"] * 17), ("stop", "x" * 257), ("stop", "\ud800"),
-        ("stream", "yes"), ("stream_options", {"include_usage": True}), ("ignore_eos", 1), ("n", 2), ("echo", True),
-        ("logprobs", 1), ("best_of", 3), ("suffix", "x"), ("repetition_penalty", 1.1), ("top_k", 5),
+        ("stream", "yes"), ("stream_options", {"include_usage": True}), ("ignore_eos", 1), ("n", 0), ("n", 10**9),
+        ("n", 69), ("echo", 1), ("logprobs", 6), ("logprobs", -1), ("logprobs", True), ("best_of", 3), ("suffix", "x"),
+        ("repetition_penalty", 0), ("presence_penalty", 2.1), ("frequency_penalty", float("inf")), ("top_k", -2),
+        ("top_k", 1.5), ("min_p", 1.1), ("min_tokens", 1), ("response_format", {"type": "json_object"}),
         ("logit_bias", {"1": 1}), ("budget", 0.5), ("computeBudget", 0.5), ("model", 3),
     ],
 )  # fmt: skip
