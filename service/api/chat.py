@@ -17,6 +17,7 @@ from service.api.generation import Generation, Identity, Piece
 from service.api.logprobs import chat_logprobs
 from service.api.requests import check_limits, check_model, choose_grant, sampling_params
 from service.api.schemas.chat import (
+    DEFAULT_LENGTH,
     AssistantMessage,
     ChatChoice,
     ChatChunk,
@@ -57,7 +58,8 @@ def build_sequences(context: Context, body: ChatRequest, budget_header: str | No
     """
     check_model(context, body.model)
     prompt = context.tokenizer.encode(render(body.messages))
-    field, max_tokens = body.length
+    field, length = body.length
+    max_tokens = min(DEFAULT_LENGTH, context.settings.max_tokens) if length is None else length
     # The template's stop strings are the end of an answer, which ignore_eos asks to go past.
     stops = body.stop if body.ignore_eos else (*body.stop, *TURN_STOPS)
     params = replace(sampling_params(body, max_tokens, stops), logprobs=body.top_logprobs if body.logprobs else None)

@@ -17,7 +17,7 @@ from service.api.errors import ERRORS
 from service.api.generation import Generation, Identity, Piece
 from service.api.logprobs import LogprobsBuilder
 from service.api.requests import check_limits, check_model, choose_grant, sampling_params
-from service.api.schemas.completions import Choice, Completion, CompletionRequest
+from service.api.schemas.completions import DEFAULT_LENGTH, Choice, Completion, CompletionRequest
 from service.api.schemas.generation import Usage
 from service.api.schemas.prompt import Prompt
 from service.api.streaming import stream_responses
@@ -47,8 +47,9 @@ def build_sequences(context: Context, body: CompletionRequest, budget_header: st
     """
     check_model(context, body.model)
     prompts = [tokens_of(prompt, context.tokenizer) for prompt in body.prompt]
+    most = context.settings.max_tokens
     params = replace(
-        sampling_params(body, body.max_tokens, body.stop),
+        sampling_params(body, min(DEFAULT_LENGTH, most) if body.max_tokens is None else body.max_tokens, body.stop),
         echo=body.echo,
         logprobs=body.logprobs,
         score_prompt=body.echo and body.logprobs is not None,

@@ -12,6 +12,7 @@ from service.engine.sequence import ComputeUsage
 
 MOST_MESSAGES = 1024
 MOST_TOP_LOGPROBS = 20
+DEFAULT_LENGTH = 256
 
 Role = Literal["system", "developer", "user", "assistant"]
 
@@ -62,8 +63,8 @@ class ChatRequest(GenerationRequest):
     }
 
     messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
-    max_completion_tokens: int = Field(default=256, ge=1, le=LARGEST)
-    """Bytes to generate."""
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=LARGEST)
+    """Bytes to generate; 256, or the server's limit if that is lower."""
     max_tokens: int | None = Field(default=None, ge=1, le=LARGEST)
     """The older name of `max_completion_tokens`, which wins."""
     logprobs: bool = False
@@ -78,9 +79,9 @@ class ChatRequest(GenerationRequest):
         return self
 
     @property
-    def length(self) -> tuple[str, int]:
-        """The field that says how many bytes to generate, and what it says."""
-        if self.max_tokens is not None and "max_completion_tokens" not in self.model_fields_set:
+    def length(self) -> tuple[str, int | None]:
+        """The field that says how many bytes to generate, and what it says; None where none does."""
+        if self.max_tokens is not None and self.max_completion_tokens is None:
             return "max_tokens", self.max_tokens
         return "max_completion_tokens", self.max_completion_tokens
 

@@ -12,6 +12,7 @@ from service.api.schemas.prompt import Prompts
 from service.engine.sequence import ComputeUsage
 
 MOST_LOGPROBS = 5
+DEFAULT_LENGTH = 16
 
 
 class CompletionRequest(GenerationRequest):
@@ -30,8 +31,8 @@ class CompletionRequest(GenerationRequest):
     prompt: Prompts
     """A string, a list of strings, a list of token ids (a byte is its own id, 256 separates documents), or a list of
     such lists; up to 128 prompts."""
-    max_tokens: int = Field(default=16, ge=0, le=LARGEST)
-    """Bytes to generate; 0 only with `echo`."""
+    max_tokens: int | None = Field(default=None, ge=0, le=LARGEST)
+    """Bytes to generate; 0 only with `echo`. By default 16, or the server's limit if that is lower."""
     echo: bool = False
     """Return the prompt in front of the text."""
     logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
