@@ -6,10 +6,12 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from fastapi import Request
 from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from service.api.context import Context
@@ -111,7 +113,12 @@ class Generation:
                 yield event(shape.closing(self._usage()))
         yield DONE
 
-    async def _whole(self, shape: Shape) -> BaseModel:
+    async def _whole(self, shape: Shape) -> Callable[[], BaseModel]:
+        """What makes the answer, once every choice has ended.
+
+        Raises:
+            ApiError: the engine failed, or the server stopped.
+        """
         wholes = [Piece(index) for index in range(len(self._sequences))]
         texts: list[list[str]] = [[] for _ in wholes]
         async for piece in self._pieces():
@@ -124,7 +131,7 @@ class Generation:
             whole.finish, whole.compute = piece.finish, piece.compute
         for whole, parts in zip(wholes, texts, strict=True):
             whole.text = "".join(parts)
-        return shape.whole(wholes, self._usage())
+        return partial(shape.whole, wholes, self._usage())
 
     def _usage(self) -> Usage:
         """The bill, once every choice has ended."""
@@ -140,12 +147,17 @@ class Generation:
         )
 
 
-async def respond_whole(request: Request, work: Coroutine[Any, Any, BaseModel], close: Callable[[], None]) -> Response:
-    """The JSON of what ``work`` makes, given up as soon as the client has gone; ``close`` is called in any case."""
+async def respond_whole(
+    request: Request, work: Coroutine[Any, Any, Callable[[], BaseModel]], close: Callable[[], None]
+) -> Response:
+    """The JSON of what ``work`` leads to, given up as soon as the client has gone; ``close`` is called in any case.
+
+    The object is made and written in another thread: the scores of a long prompt would hold up the event loop.
+    """
     try:
-        whole = await unless_disconnected(request, work)
+        make = await unless_disconnected(request, work)
     finally:
         close()
-    if whole is None:  # nobody is there to read this
+    if make is None:  # nobody is there to read this
         return Response(status_code=499)
-    return Response(whole.model_dump_json(), media_type="application/json")
+    return Response(await run_in_threadpool(lambda: make().model_dump_json()), media_type="application/json")

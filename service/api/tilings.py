@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -58,8 +60,8 @@ async def create_tilings(request: Request, body: TilingsRequest, context: Contex
 
 async def analyse(
     context: Context, body: TilingsRequest, grants: list[Grant], sequence: Sequence, outputs: OutputStream
-) -> Tilings:
-    """The answer, once the engine has read the text.
+) -> Callable[[], Tilings]:
+    """What makes the answer, once the engine has read the text.
 
     Raises:
         ApiError: the engine failed, or the server stopped.
@@ -71,6 +73,13 @@ async def analyse(
             raise error
         if output.analysis is not None:
             pieces.append(output.analysis)
+    return partial(assemble, context, body, grants, sequence, pieces)
+
+
+def assemble(
+    context: Context, body: TilingsRequest, grants: list[Grant], sequence: Sequence, pieces: list[PieceAnalysis]
+) -> Tilings:
+    """The answer, from the analysis of the text's blocks; ``grants`` are those of the budgets."""
     features = np.concatenate([piece.features for piece in pieces])
     assert sequence.plans is not None, "the sequence was made with plans"
     return Tilings(

@@ -85,7 +85,16 @@ def test_the_server_answers_after_all_this(server: Running) -> None:
 
 
 FIELDS = ["prompt", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options", "compute_budget",
-          "model", "n", "echo", "ignore_eos", "logit_bias", "x"]  # fmt: skip
+          "model", "n", "echo", "ignore_eos", "logit_bias", "logprobs", "top_k", "min_p", "repetition_penalty", "best_of",
+          "messages", "top_logprobs", "max_completion_tokens", "tools", "text", "budgets", "rule", "tokens",
+          "add_special_tokens", "x"]  # fmt: skip
+NEEDED = {
+    "/v1/completions": {"prompt": "x", "max_tokens": 2},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2},
+    "/v1/tilings": {"text": "x"},
+    "/tokenize": {"prompt": "x"},
+    "/detokenize": {"tokens": [1]},
+}
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -93,11 +102,11 @@ JUNK = st.recursive(
 )
 
 
-@settings(max_examples=150)
-@given(st.dictionaries(st.sampled_from(FIELDS), JUNK, max_size=4), st.booleans())
-def test_no_json_object_yields_a_500(shared_server: Running, fields: dict, prompted: bool) -> None:
-    body = ({"prompt": "x", "max_tokens": 2} if prompted else {}) | fields
-    answer = shared_server.client.post("/v1/completions", content=json.dumps(body), headers=HEADERS)
+@settings(max_examples=400)
+@given(st.sampled_from(list(NEEDED)), st.dictionaries(st.sampled_from(FIELDS), JUNK, max_size=4), st.booleans())
+def test_no_json_object_yields_a_500(shared_server: Running, path: str, fields: dict, complete: bool) -> None:
+    body = (NEEDED[path] if complete else {}) | fields
+    answer = shared_server.client.post(path, content=json.dumps(body), headers=HEADERS)
     assert answer.status_code in (200, 400, 404), answer.text
 
 
