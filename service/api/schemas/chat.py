@@ -54,7 +54,11 @@ class ChatRequest(GenerationRequest):
         }
     )
     NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = dict(NEUTRAL) | {
+        "add_generation_prompt": (True,),
         "audio": ({},),
+        "chat_template": ("",),
+        "continue_final_message": (False,),
+        "echo": (False,),
         "function_call": ("none",),
         "functions": ([],),
         "modalities": (["text"],),

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from service.api.schemas.fields import ApiModel, refusal
-from service.api.schemas.generation import LARGEST, NEUTRAL, GenerationRequest, Usage
+from service.api.schemas.generation import LARGEST, MOST_CHOICES, NEUTRAL, GenerationRequest, Usage
 from service.api.schemas.prompt import Prompts
 from service.engine.sequence import ComputeUsage
 
@@ -37,7 +37,7 @@ class CompletionRequest(GenerationRequest):
     """Return the prompt in front of the text."""
     logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
     """Report the log-probability of each token and of so many of the most probable; with `echo`, of the prompt too."""
-    best_of: int | None = Field(default=None, ge=1)
+    best_of: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
     """Only as `n`: there is no choosing between more."""
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ LARGEST = 1 << 31
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {
+        "add_special_tokens": (True,),
         "allowed_token_ids": ([],),
         "bad_words": ([],),
         "include_stop_str_in_output": (False,),
@@ -22,7 +23,9 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "logit_bias": ({},),
         "min_tokens": (0,),
         "response_format": ({"type": "text"},),
+        "skip_special_tokens": (True,),
         "stop_token_ids": ([],),
+        "structured_outputs": ({},),
         "use_beam_search": (False,),
     }
 )
@@ -56,7 +59,7 @@ class GenerationRequest(Request):
     """Taken off the logits of bytes that were generated."""
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2, allow_inf_nan=False)
     """Taken off the logits of bytes that were generated, once for each time."""
-    seed: int | None = Field(default=None, ge=-(1 << 63), le=(1 << 63) - 1)
+    seed: int | None = Field(default=None, ge=-(1 << 63), le=1 << 63)
     """The same request with the same seed gives the same text, whatever runs beside it."""
     stop: StopStrings = ()
     """The text ends before the first of these: a string, or up to 16 of 1 to 256 bytes."""

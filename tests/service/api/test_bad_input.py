@@ -35,7 +35,7 @@ def test_a_bad_budget_is_named(server: Running, budget: object) -> None:
         ("prompt", [10**400]), ("prompt", "x" * 2001), ("prompt", "\ud800"),
         ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 201), ("max_tokens", 10**30), ("max_tokens", "5"),
         ("max_tokens", 1.5), ("max_tokens", True), ("temperature", -0.1), ("temperature", 2.1),
-        ("temperature", float("nan")), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.01), ("seed", 2**63),
+        ("temperature", float("nan")), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.01), ("seed", 2**63 + 1),
         ("seed", 0.5), ("stop", [1]), ("stop", ""), ("stop", ["x"] * 17), ("stop", "x" * 257), ("stop", "\ud800"),
         ("stream", "yes"), ("stream_options", {"include_usage": True}), ("ignore_eos", 1), ("n", 0), ("n", 10**9),
         ("n", 69), ("echo", 1), ("logprobs", 6), ("logprobs", -1), ("logprobs", True), ("best_of", 3), ("suffix", "x"),
@@ -85,8 +85,8 @@ def test_the_server_answers_after_all_this(server: Running) -> None:
 
 
 FIELDS = ["prompt", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options", "compute_budget",
-          "model", "n", "echo", "ignore_eos", "logit_bias", "logprobs", "top_k", "min_p", "repetition_penalty", "best_of",
-          "messages", "top_logprobs", "max_completion_tokens", "tools", "text", "budgets", "rule", "tokens",
+          "model", "n", "echo", "ignore_eos", "logit_bias", "logprobs", "top_k", "min_p", "repetition_penalty",
+          "best_of", "messages", "top_logprobs", "max_completion_tokens", "tools", "text", "budgets", "rule", "tokens",
           "add_special_tokens", "x"]  # fmt: skip
 NEEDED = {
     "/v1/completions": {"prompt": "x", "max_tokens": 2},

@@ -151,6 +151,7 @@ def test_log_probabilities_of_a_message(server: Running) -> None:
         ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": 201}, "max_tokens"),
         ({"max_completion_tokens": 201}, "max_completion_tokens"), ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": 1}, "logprobs"), ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"echo": True}, "echo"), ({"continue_final_message": True}, "continue_final_message"),
         ({"tools": [{"type": "function"}]}, "tools"), ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_schema"}}, "response_format"), ({"n": 129}, "n"),
         ({"compute_budget": 0}, "compute_budget"), ({"budget": 1}, "budget"),
