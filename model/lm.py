@@ -44,7 +44,7 @@ class PrefillOutput:
     """Result of reading a piece of prompt."""
 
     logits: Tensor | None
-    """[V] after the last token; None where no prediction was asked for."""
+    """[V] after the last token, [L, V] after each where the piece is scored; None where no prediction was asked for."""
     tile_ends: list[int]
     """Offsets in the piece at which the trunk fired."""
 
@@ -206,27 +206,33 @@ class AdaptiveAttentionSystem(nn.Module):
         return torch.from_numpy(self.density.smooth(self.density.combine(features), state.density, after))
 
     @torch.inference_mode()
-    def prefill(self, tokens: Tensor, state: ModelState, rate: float, *, predict: bool = True) -> PrefillOutput:
+    def prefill(
+        self, tokens: Tensor, state: ModelState, rate: float, *, predict: bool = True, score: bool = False
+    ) -> PrefillOutput:
         """Read a piece of one prompt, its tiles planned by the dynamic programme.
 
         Args:
             tokens: [1, L], at most ``block_size``; every piece of a prompt but the last has exactly that length.
             state: of one sequence, replaced by the state after the piece.
             rate: trunk fires per byte, 0 to 1. predict: whether the head runs; only a prompt's last piece needs it.
+            score: the head runs at every position, and the trunk fires by the causal rule instead of the plan, which
+                looks ahead inside the piece: the protocol of :mod:`model.evaluation.strict`.
         """
         assert tokens.shape[0] == 1, "prompts are read one by one"
         assert 0 < tokens.shape[1] <= self.config.block_size
         encoded = self.encode(tokens, state.encoder)
         state.encoder = encoded.states
-        plan = self._plan(encoded, state, rate)
+        plan = self._plan(encoded, state, rate, causal=score)
         quota = state.router.quota + rate * tokens.shape[1]
         fires = torch.from_numpy(plan.astype(bool)).to(tokens.device).unsqueeze(0)
-        output = self.combine(encoded.hidden, None if plan.all() else fires, state)
+        output = self.combine(encoded.hidden, None if rate >= 1.0 else fires, state)
         state.router.quota = quota
-        logits = self.head(output[:, -1])[0] if predict else None
+        logits = None
+        if predict or score:
+            logits = self.head(output if score else output[:, -1])[0]
         return PrefillOutput(logits, np.flatnonzero(plan).tolist())
 
-    def _plan(self, encoded: Encoded, state: ModelState, rate: float) -> Bytes:
+    def _plan(self, encoded: Encoded, state: ModelState, rate: float, *, causal: bool) -> Bytes:
         """Fires of one block of one sequence; analyses it where the rate leaves a choice."""
         if not self.cost.analysed(rate):
             return np.full(encoded.hidden.shape[1], int(rate >= 1.0), np.uint8)
@@ -236,7 +242,7 @@ class AdaptiveAttentionSystem(nn.Module):
         router = state.router
         position, last_fire, fires = (int(count) for count in (router.positions, router.last_fire, router.fires))
         pace = Pace(position, last_fire, fires, router.quota.item())
-        return self.tiles.plan(density, rate, pace)
+        return self.tiles.online(density, rate, pace) if causal else self.tiles.plan(density, rate, pace)
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, state: ModelState, rates: Tensor) -> StepOutput:

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.lm import AdaptiveAttentionSystem
 from model.tokenizer import ByteTokenizer
-from service.api import completions, system
+from service.api import chat, completions, system, tilings, tokens
 from service.api.context import Context
 from service.api.errors import error_body, install_error_handlers
 from service.engine.engine import Engine
@@ -53,8 +53,8 @@ def create_app(settings: Settings, model: AdaptiveAttentionSystem) -> FastAPI:
         started=int(time.time()),
     )
     install_error_handlers(app)
-    app.include_router(completions.router)
-    app.include_router(system.router)
+    for module in (completions, chat, tilings, tokens, system):
+        app.include_router(module.router)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestId)
     return app

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from fastapi import Request
+from fastapi import Depends, Request
 
 from model.cost import CostModel
 from model.tokenizer import ByteTokenizer
@@ -26,9 +27,17 @@ class Context:
     started: int
     """Unix time in seconds."""
 
+    @property
+    def max_model_len(self) -> int:
+        """Prompt and generated tokens that one request may have."""
+        return self.settings.max_prompt_bytes + self.settings.max_tokens
+
 
 def get_context(request: Request) -> Context:
     """The context of the app that a request came to."""
     context = request.app.state.context
     assert isinstance(context, Context)
     return context
+
+
+ContextDependency = Annotated[Context, Depends(get_context)]

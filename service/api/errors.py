@@ -10,6 +10,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from service.api.schemas.system import ErrorBody
+
 
 class ApiError(Exception):
     """An error that a client sees.
@@ -53,6 +55,13 @@ def error_body(
     """``{"error": {"message", "type", "param", "code"}}``."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request is at fault; `param` names the field."},
+    "5XX": {"model": ErrorBody, "description": "The server is at fault, or is stopping."},
+}
+"""The OpenAPI entries of every route."""
 
 
 def internal_error() -> ApiError:

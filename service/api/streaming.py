@@ -25,6 +25,19 @@ def event(content: BaseModel | Mapping[str, Any], *, drop: frozenset[str] = froz
     return f"data: {json.dumps(content)}\n\n"
 
 
+def stream_responses(whole: type[BaseModel], chunk: type[BaseModel] | None = None) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI entry of a route that answers with ``whole``, or with a stream of ``chunk`` (default: the same)."""
+    name = (chunk or whole).__name__
+    text = f"Events: `data: ` and a `{name}` each, an empty line after each, `data: [DONE]` at the end."
+    return {
+        200: {
+            "model": whole | chunk if chunk else whole,
+            "description": "The answer; with `stream`, server-sent events.",
+            "content": {"text/event-stream": {"schema": {"type": "string", "description": text}}},
+        }
+    }
+
+
 class EventStreamResponse(StreamingResponse):
     """A stream of events; ``on_close`` is called however it ends, even if it never began."""
 

@@ -1,43 +1,59 @@
-"""Models, health and metrics."""
+"""Models, health, version and metrics."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from importlib.metadata import version
 
-from fastapi import APIRouter, Depends, Response
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, Response
 
-from service.api.context import Context, get_context
-from service.api.errors import ApiError
-from service.api.schemas import ModelCard, ModelList
+from service.api.context import Context, ContextDependency
+from service.api.errors import ERRORS, ApiError
+from service.api.requests import check_model, stopping
+from service.api.schemas.system import Health, ModelCard, ModelList, Version
 
-router = APIRouter()
-
-ContextDependency = Annotated[Context, Depends(get_context)]
+router = APIRouter(tags=["system"])
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=ERRORS)
 async def list_models(context: ContextDependency) -> ModelList:
     """The served model."""
     return ModelList(data=[_card(context)])
 
 
-@router.get("/v1/models/{model}")
+@router.get("/v1/models/{model}", responses=ERRORS)
 async def get_model(model: str, context: ContextDependency) -> ModelCard:
     """One model by name."""
-    if model != context.model_name:
-        message = f"the model {model!r:.80} does not exist; this server has {context.model_name!r}"
-        raise ApiError(404, message, param="model", code="model_not_found")
+    check_model(context, model)
     return _card(context)
 
 
-@router.get("/health")
-async def health(context: ContextDependency) -> JSONResponse:
-    """200 while the engine makes progress, 503 once it has died or one step takes too long."""
-    stalled = context.engine.stalled_for()
-    if stalled > context.settings.stall_seconds:
-        return JSONResponse({"status": "unhealthy", "reason": "the engine makes no progress"}, 503)
-    return JSONResponse({"status": "ok"})
+@router.get("/health", responses=ERRORS)
+async def health(context: ContextDependency) -> Health:
+    """Whether the server is alive and takes requests: what both of the others ask."""
+    _check_progress(context)
+    _check_open(context)
+    return Health()
+
+
+@router.get("/health/live", responses=ERRORS)
+async def live(context: ContextDependency) -> Health:
+    """Whether the engine makes progress; where it does not, only a restart helps."""
+    _check_progress(context)
+    return Health()
+
+
+@router.get("/health/ready", responses=ERRORS)
+async def ready(context: ContextDependency) -> Health:
+    """Whether new requests should be sent here."""
+    _check_open(context)
+    _check_progress(context)
+    return Health()
+
+
+@router.get("/version", responses=ERRORS)
+async def get_version() -> Version:
+    """The version of the server."""
+    return Version(version=version("rheostat"))
 
 
 @router.get("/metrics", response_class=Response)
@@ -47,11 +63,22 @@ async def metrics(context: ContextDependency) -> Response:
     return Response(content, headers={"Content-Type": content_type})
 
 
+def _check_progress(context: Context) -> None:
+    """Raise 503 if the engine has died, or one step takes too long."""
+    if context.engine.stalled_for() > context.settings.stall_seconds:
+        raise ApiError(503, "the engine makes no progress", code="stalled")
+
+
+def _check_open(context: Context) -> None:
+    """Raise 503 if no new requests are taken."""
+    if not context.engine.accepting:
+        raise stopping()
+
+
 def _card(context: Context) -> ModelCard:
-    settings = context.settings
     return ModelCard(
         id=context.model_name,
         created=context.started,
-        max_model_len=settings.max_prompt_bytes + settings.max_tokens,
+        max_model_len=context.max_model_len,
         compute_floor=context.cost.floor,
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from model.cost import CostModel
+from model.evaluation.tilings import PieceAnalysis
 from service.engine.scheduler import Batch, Scheduler
-from service.engine.sequence import FinishReason, Outcome, Phase, Sequence
+from service.engine.sequence import FinishReason, Outcome, Phase, Sequence, TokenScore
 from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ class Runner(Protocol):
         """Bytes of all states held."""
 
     def prefill(self, sequence: Sequence) -> Outcome:
-        """Read the next block of a prompt; after the last one, choose the first token."""
+        """Read the next block of a prompt; after the last one, choose the first token if one is wanted."""
 
     def decode(self, sequences: list[Sequence]) -> list[Outcome]:
         """Generate one token for each."""
@@ -46,6 +47,13 @@ class Output:
     sequence: Sequence
     text: str = ""
     finish: FinishReason | None = None
+    scores: list[TokenScore] = field(default_factory=list)
+    analysis: PieceAnalysis | None = None
+
+    @property
+    def news(self) -> bool:
+        """Whether it says anything."""
+        return bool(self.text or self.finish or self.scores or self.analysis)
 
 
 class Engine:
@@ -139,10 +147,15 @@ class Engine:
         if sequence.phase is Phase.PREFILL:
             sequence.read += outcome.positions
             self._metrics.prompt_tokens.inc(outcome.positions)
-        if outcome.token is None:
-            return Output(sequence)
+        text = sequence.finish_reading() if outcome.token is None else self._accept(sequence, outcome.token, now)
+        if sequence.finish is not None:
+            self._close(sequence, now)
+        return Output(sequence, text, sequence.finish, outcome.scores, outcome.analysis)
+
+    def _accept(self, sequence: Sequence, token: int, now: float) -> str:
+        """Add a token to a sequence; the text that may be sent now."""
         sequence.phase = Phase.DECODE
-        text = sequence.accept(outcome.token)
+        text = sequence.accept(token)
         self._metrics.generation_tokens.inc()
         if sequence.latest_token is None:
             sequence.first_token = now
@@ -150,9 +163,7 @@ class Engine:
         else:
             self._metrics.inter_token.observe(now - sequence.latest_token)
         sequence.latest_token = now
-        if sequence.finish is not None:
-            self._close(sequence, now)
-        return Output(sequence, text, sequence.finish)
+        return text
 
     def _close(self, sequence: Sequence, now: float) -> None:
         """Give back what a sequence held, and record its end."""

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Self
 
 from service.engine.engine import Engine, Output
@@ -29,7 +30,7 @@ class EngineThread:
     """Runs an engine in a thread of its own. Every method may be called from any thread.
 
     Args:
-        engine: nothing else may touch it once the thread runs. max_open: requests that may run and wait together.
+        engine: nothing else may touch it once the thread runs. max_open: sequences that may run and wait together.
     """
 
     def __init__(self, engine: Engine, max_open: int) -> None:
@@ -55,6 +56,11 @@ class EngineThread:
             self._inbox.put(self._request_stop)
         self._thread.join()
 
+    @property
+    def accepting(self) -> bool:
+        """New sequences are taken, if there is room."""
+        return self._accepting and self._thread.is_alive()
+
     def stalled_for(self) -> float:
         """Seconds that the step in progress has taken; infinite once the thread has ended, 0 while it waits."""
         began = self._step_began
@@ -62,28 +68,31 @@ class EngineThread:
             return float("inf")
         return 0.0 if began is None else self._engine.clock() - began
 
-    def submit(self, sequence: Sequence, deliver: Deliver) -> None:
-        """Queue a sequence. ``deliver`` is called in the engine's thread, and last with an output that has ``finish``.
+    def submit(self, sequences: Collection[Sequence], deliver: Deliver) -> None:
+        """Queue sequences, all or none.
+
+        ``deliver`` is called in the engine's thread, for each sequence last with an output that has ``finish``.
 
         Raises:
-            EngineBusyError: too many requests are open. EngineStoppedError: no new ones are taken.
+            EngineBusyError: too many sequences are open. EngineStoppedError: no new ones are taken.
         """
         with self._lock:
-            if not (self._accepting and self._thread.is_alive()):
+            if not self.accepting:
                 raise EngineStoppedError
-            if len(self._open) >= self._max_open:
+            if len(self._open) + len(sequences) > self._max_open:
                 raise EngineBusyError
-            self._open[sequence] = deliver
-            self._inbox.put(lambda: self._engine.add(sequence))
+            for sequence in sequences:
+                self._open[sequence] = deliver
+                self._inbox.put(partial(self._engine.add, sequence))
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence before the next step; nothing happens if it has ended."""
         if sequence in self._open:
             self._inbox.put(lambda: self._publish([self._engine.end(sequence, FinishReason.ABORT)]))
 
-    def open(self, sequence: Sequence) -> OutputStream:
-        """Submit a sequence from an event loop; its outputs. Raises as :meth:`submit`."""
-        return OutputStream(self, sequence)
+    def open(self, sequences: Collection[Sequence]) -> OutputStream:
+        """Submit sequences from an event loop; their outputs. Raises as :meth:`submit`."""
+        return OutputStream(self, sequences)
 
     def check_integrity(self) -> None:
         """Assert that nothing is left of requests that ended; for a moment at which none is open."""
@@ -120,7 +129,7 @@ class EngineThread:
     def _publish(self, outputs: Iterable[Output | None]) -> None:
         """Deliver outputs that say something."""
         for output in outputs:
-            if output is None or not (output.text or output.finish):
+            if output is None or not output.news:
                 continue
             with self._lock:
                 ended = output.finish is not None
@@ -137,26 +146,27 @@ class EngineThread:
 
 
 class OutputStream:
-    """Iterates over the outputs of one sequence in the event loop that made it; :meth:`close` it in any case."""
+    """Iterates over the outputs of sequences in the event loop that made it; :meth:`close` it in any case."""
 
-    def __init__(self, engine: EngineThread, sequence: Sequence) -> None:
-        self.sequence = sequence
+    def __init__(self, engine: EngineThread, sequences: Collection[Sequence]) -> None:
+        self._sequences = sequences
         self._engine = engine
         self._outputs: asyncio.Queue[Output] = asyncio.Queue()  # bounded by max_tokens
         loop = asyncio.get_running_loop()
-        engine.submit(sequence, lambda output: loop.call_soon_threadsafe(self._outputs.put_nowait, output))
-        self._ended = False
+        engine.submit(sequences, lambda output: loop.call_soon_threadsafe(self._outputs.put_nowait, output))
+        self._unfinished = len(sequences)
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Output:
-        if self._ended:
+        if not self._unfinished:
             raise StopAsyncIteration
         output = await self._outputs.get()
-        self._ended = output.finish is not None
+        self._unfinished -= output.finish is not None
         return output
 
     def close(self) -> None:
-        """Cancel the sequence if it has not ended."""
-        self._engine.cancel(self.sequence)
+        """Cancel the sequences that have not ended."""
+        for sequence in self._sequences:
+            self._engine.cancel(sequence)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from model.cost import CostModel, Flops
+from model.evaluation.tilings import PieceAnalysis, TilingPlan
 from model.tokenizer import DOCUMENT
 from service.engine.budget import Grant, Reason
 from service.engine.text import TextAssembler
@@ -37,10 +40,35 @@ class SamplingParams:
     temperature: float = 1.0
     """0 takes the most probable token."""
     top_p: float = 1.0
+    top_k: int = 0
+    """Draw from so many most probable tokens; 0 from all."""
+    min_p: float = 0.0
+    """Drop tokens less probable than this share of the most probable one."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of bytes that the prompt or the text has (Keskar et al. 2019)."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens that were generated."""
+    frequency_penalty: float = 0.0
+    """The same, once for each time."""
     seed: int | None = None
     stop: tuple[bytes, ...] = ()
     ignore_eos: bool = False
     """Go on after the end of the document."""
+    echo: bool = False
+    """The text begins with the prompt."""
+    logprobs: int | None = None
+    """Report the log-probability of each generated token and of so many of the most probable; None reports nothing."""
+    score_prompt: bool = False
+    """Report those of the prompt as well. It is then read by the causal rule, with the head at every position."""
+
+    def of_choice(self, index: int) -> SamplingParams:
+        """Those of one of several choices of a prompt: a given seed counts up, so that they differ."""
+        return self if self.seed is None else replace(self, seed=self.seed + index)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether what was said before changes the logits."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +87,16 @@ class ComputeUsage:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenScore:
+    """How probable the model held a token: natural logarithms, at temperature 1 and before penalties."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+    """The most probable tokens, best first; equal tokens have the very same float here and there."""
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What one sequence got out of one step."""
 
@@ -70,7 +108,11 @@ class Outcome:
     tile_ends: list[int] = field(default_factory=list)
     """Offsets among those positions at which the trunk fired."""
     token: int | None = None
-    """The next token; None while the prompt is not finished."""
+    """The next token; None while the prompt is not finished, and where none is wanted."""
+    scores: list[TokenScore] = field(default_factory=list)
+    """Of the tokens that follow those positions, as far as they were asked for."""
+    analysis: PieceAnalysis | None = None
+    """Of those positions, where the sequence is there to be analysed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -100,11 +142,20 @@ class Sequence:
     scheduled: float | None = None
     first_token: float | None = None
     latest_token: float | None = None
+    plans: tuple[TilingPlan, ...] | None = None
+    """Tilings to work out; the model is then not run beyond what they need."""
+    counts: Counter[int] = field(default_factory=Counter)
+    """How often each token was generated; kept where penalties need it."""
+    said: set[int] = field(default_factory=set)
+    """Bytes of the prompt and tokens generated; kept where the repetition penalty needs it."""
     text: TextAssembler = field(init=False)
     random: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
-        self.text = TextAssembler(self.params.stop)
+        prefix = bytes(token for token in self.prompt if token != DOCUMENT) if self.params.echo else b""
+        self.text = TextAssembler(self.params.stop, prefix)
+        if self.params.repetition_penalty != 1.0:
+            self.said.update(self.prompt[1:])
         # Reproducible by the client's seed; not a secret.
         self.random = random.Random(self.params.seed)  # noqa: S311
 
@@ -112,6 +163,12 @@ class Sequence:
     def prefilled(self) -> bool:
         """The whole prompt has been read."""
         return self.read == len(self.prompt)
+
+    @property
+    def prompt_rate(self) -> float:
+        """Trunk fires per byte of the prompt; where it is scored the head runs at every byte, as in generating."""
+        rates = self.grant.rates
+        return rates.decode if self.params.score_prompt else rates.prefill
 
     def account(self, flops: Flops, full_flops: int) -> None:
         """Book operations that were spent on this sequence."""
@@ -128,10 +185,20 @@ class Sequence:
         self.tiles += len(ends)
         return sizes
 
+    def finish_reading(self) -> str:
+        """End a sequence that wants no token, once its prompt is read; the text that may be sent now."""
+        if self.params.max_tokens or not self.prefilled:
+            return ""
+        self.finish = FinishReason.LENGTH
+        return self.text.flush()
+
     def accept(self, token: int) -> str:
         """Take a generated token; the text that may be sent now. Sets ``finish`` if it was the last."""
         self.generated += 1
         self.last_token = token
+        if self.params.penalised:
+            self.counts[token] += 1
+            self.said.add(token)
         text = ""
         if token != DOCUMENT:
             text, stopped = self.text.push(token)
@@ -148,16 +215,25 @@ class Sequence:
 
     def usage(self, cost: CostModel) -> ComputeUsage:
         """The bill so far."""
-        spent = self.flops.total / self.full_flops if self.full_flops else 0.0
-        floor = self.grant.reason is Reason.FLOOR
-        return ComputeUsage(
-            requested=self.grant.requested,
-            # The head runs once per generated byte only, so the floor depends on the share of prompt in the request.
-            granted=(spent or cost.floor) if floor else self.grant.granted,
-            spent=spent,
-            spent_flops=self.flops.total,
-            full_flops=self.full_flops,
-            tiles=self.tiles,
-            mean_tile_bytes=self.positions / self.tiles if self.tiles else None,
-            reason=self.grant.reason.value,
-        )
+        return total_usage([self], cost)
+
+
+def total_usage(sequences: Collection[Sequence], cost: CostModel) -> ComputeUsage:
+    """The bill so far of sequences (at least one) that share a grant."""
+    grant = next(iter(sequences)).grant
+    spent_flops = sum(sequence.flops.total for sequence in sequences)
+    full_flops = sum(sequence.full_flops for sequence in sequences)
+    tiles = sum(sequence.tiles for sequence in sequences)
+    spent = spent_flops / full_flops if full_flops else 0.0
+    floor = grant.reason is Reason.FLOOR
+    return ComputeUsage(
+        requested=grant.requested,
+        # The head runs once per generated byte only, so the floor depends on the share of prompt in the request.
+        granted=(spent or cost.floor) if floor else grant.granted,
+        spent=spent,
+        spent_flops=spent_flops,
+        full_flops=full_flops,
+        tiles=tiles,
+        mean_tile_bytes=sum(sequence.positions for sequence in sequences) / tiles if tiles else None,
+        reason=grant.reason.value,
+    )

@@ -9,13 +9,15 @@ class TextAssembler:
     """Collects bytes; releases text as soon as no later byte can change it.
 
     Held back are an unfinished UTF-8 character, and a tail that may yet become one of ``stops``. Invalid UTF-8 is
-    released as U+FFFD.
+    released as U+FFFD. ``prefix``, an echoed prompt, comes out in front of the first text; stop strings do not look
+    into it.
     """
 
-    def __init__(self, stops: tuple[bytes, ...] = ()) -> None:
+    def __init__(self, stops: tuple[bytes, ...] = (), prefix: bytes = b"") -> None:
         self._stops = tuple(sorted(stops, key=len, reverse=True))
         self._pending = bytearray()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._unsent = self._decoder.decode(prefix)
 
     def push(self, byte: int) -> tuple[str, bool]:
         """The text that ``byte`` releases, and whether it completed a stop string (which is not released)."""
@@ -25,13 +27,15 @@ class TextAssembler:
                 del self._pending[-len(stop) :]
                 return self.flush(), True
         ready = len(self._pending) - self._held()
-        text = self._decoder.decode(bytes(self._pending[:ready]))
+        text = self._unsent + self._decoder.decode(bytes(self._pending[:ready]))
+        self._unsent = ""
         del self._pending[:ready]
         return text, False
 
     def flush(self) -> str:
         """What was held back; an unfinished character becomes U+FFFD."""
-        text = self._decoder.decode(bytes(self._pending), final=True)
+        text = self._unsent + self._decoder.decode(bytes(self._pending), final=True)
+        self._unsent = ""
         self._pending.clear()
         return text
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from model.adaptive.tiling import Pace
+from model.adaptive.tiling import Pace, TileManager
 from model.config import ModelConfig
 from tests.model.shapes import SMALL, random_model, random_tokens, step_through
 
@@ -111,3 +112,34 @@ def test_density_does_not_depend_on_how_the_text_was_cut() -> None:
             state.encoder = encoded.states
             parts.append(torch.from_numpy(model.density.smooth(model.density.combine(features), before, state.density)))
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.6, 0.1, 0.0])
+@pytest.mark.parametrize("length", [1, 64, 65, 200])
+def test_a_scored_prompt_has_the_logits_and_fires_of_stepping(rate: float, length: int) -> None:
+    model, tokens = random_model(), random_tokens(1, length + 20)
+    rates = torch.tensor([rate], dtype=torch.float64)
+    expected, fires = step_through(model, tokens, rates)
+    state, logits, ends = model.allocate_state(1), [], []
+    for start in range(0, length, SMALL.block_size):
+        output = model.prefill(tokens[:, start : min(start + SMALL.block_size, length)], state, rate, score=True)
+        assert output.logits is not None
+        logits.append(output.logits)
+        ends += [start + end for end in output.tile_ends]
+    torch.testing.assert_close(torch.cat(logits), expected[0, :length], **CLOSE)
+    assert ends == fires[0, :length].nonzero().squeeze(-1).tolist()
+    after = torch.cat([model.step(tokens[:, t], state, rates).logits for t in range(length, length + 20)])
+    torch.testing.assert_close(after, expected[0, length:], **CLOSE)
+
+
+def test_a_short_last_piece_that_fires_everywhere_still_knows_how_long_its_tile_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, tokens = random_model(), random_tokens(1, 65)
+    monkeypatch.setattr(TileManager, "plan", lambda self, density, rate, pace: (np.arange(len(density)) % 64 == 0) * 1)
+    state = model.allocate_state(1)
+    model.prefill(tokens[:, :64], state, 0.5)
+    output = model.prefill(tokens[:, 64:], state, 0.5)
+    assert output.tile_ends == [0]
+    assert output.logits is not None
+    torch.testing.assert_close(output.logits, model(tokens, fires_of([0, 64], 65))[0, -1], **CLOSE)

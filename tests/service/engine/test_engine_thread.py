@@ -62,7 +62,7 @@ def thread(runner: GatedRunner) -> Iterator[EngineThread]:
 def test_outputs_arrive_in_order_and_end_once(thread: EngineThread, runner: GatedRunner) -> None:
     runner.gate.set()
     receiver = Receiver()
-    thread.submit(make_sequence(max_tokens=4), receiver)
+    thread.submit([make_sequence(max_tokens=4)], receiver)
     assert receiver.reason() is FinishReason.LENGTH
     assert "".join(output.text for output in receiver.outputs) == "aaaa"
 
@@ -70,20 +70,20 @@ def test_outputs_arrive_in_order_and_end_once(thread: EngineThread, runner: Gate
 def test_more_open_requests_than_allowed_are_refused_until_one_ends(thread: EngineThread, runner: GatedRunner) -> None:
     receivers = [Receiver(), Receiver()]
     for receiver in receivers:
-        thread.submit(make_sequence(), receiver)
+        thread.submit([make_sequence()], receiver)
     with pytest.raises(EngineBusyError):
-        thread.submit(make_sequence(), Receiver())
+        thread.submit([make_sequence()], Receiver())
     runner.gate.set()
     assert [receiver.reason() for receiver in receivers] == [FinishReason.LENGTH] * 2
     late = Receiver()
-    thread.submit(make_sequence(), late)
+    thread.submit([make_sequence()], late)
     assert late.reason() is FinishReason.LENGTH
 
 
 def test_cancelling_ends_running_and_waiting_sequences(thread: EngineThread, runner: GatedRunner) -> None:
     sequences, receivers = [make_sequence(prompt=9), make_sequence()], [Receiver(), Receiver()]
     for sequence, receiver in zip(sequences, receivers, strict=True):
-        thread.submit(sequence, receiver)
+        thread.submit([sequence], receiver)
     for sequence in sequences:
         thread.cancel(sequence)
     runner.gate.set()
@@ -95,12 +95,12 @@ def test_stopping_ends_what_is_open_and_refuses_what_comes(runner: GatedRunner) 
     thread = EngineThread(Engine(runner, Scheduler(1), Metrics("fake"), time.monotonic), max_open=2)
     thread.start()
     receiver = Receiver()
-    thread.submit(make_sequence(prompt=100), receiver)
+    thread.submit([make_sequence(prompt=100)], receiver)
     threading.Timer(0.1, runner.gate.set).start()
     thread.stop()
     assert receiver.reason() is FinishReason.ABORT
     with pytest.raises(EngineStoppedError):
-        thread.submit(make_sequence(), Receiver())
+        thread.submit([make_sequence()], Receiver())
     assert thread.stalled_for() == float("inf")
 
 
@@ -108,9 +108,9 @@ def test_a_receiver_that_has_gone_ends_its_request_only(thread: EngineThread, ru
     def gone(_: Output) -> None:
         raise RuntimeError("Event loop is closed")
 
-    thread.submit(make_sequence(max_tokens=50), gone)
+    thread.submit([make_sequence(max_tokens=50)], gone)
     stays = Receiver()
-    thread.submit(make_sequence(), stays)
+    thread.submit([make_sequence()], stays)
     runner.gate.set()
     assert stays.reason() is FinishReason.LENGTH
 
@@ -118,7 +118,7 @@ def test_a_receiver_that_has_gone_ends_its_request_only(thread: EngineThread, ru
 def test_a_step_in_progress_shows_as_stalled(thread: EngineThread, runner: GatedRunner) -> None:
     assert thread.stalled_for() == 0.0
     receiver = Receiver()
-    thread.submit(make_sequence(), receiver)
+    thread.submit([make_sequence()], receiver)
     while thread.stalled_for() == 0.0:
         time.sleep(0.001)
     runner.gate.set()
@@ -137,9 +137,9 @@ def test_a_fault_outside_the_model_ends_open_requests_and_the_thread_lives(
     runner.gate.set()
     monkeypatch.setattr(Scheduler, "schedule", fail)
     receiver = Receiver()
-    thread.submit(make_sequence(), receiver)
+    thread.submit([make_sequence()], receiver)
     assert receiver.reason() is FinishReason.ERROR
     monkeypatch.undo()
     again = Receiver()
-    thread.submit(make_sequence(), again)
+    thread.submit([make_sequence()], again)
     assert again.reason() is FinishReason.LENGTH

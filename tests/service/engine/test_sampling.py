@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
 import torch
 
 from service.engine.budget import ComputeBudget, grant
-from service.engine.sampling import sample
+from service.engine.sampling import sample, score
 from service.engine.sequence import SamplingParams, Sequence
 from tests.service.engine.fakes import COST
 
@@ -58,3 +59,62 @@ def test_a_draw_depends_on_the_seed_alone_and_not_on_batch_mates(mates: int) -> 
     others = [sequence(seed=n, temperature=n % 3 / 2) for n in range(mates)]
     together = [sample(logits[: mates + 1], [again, *others])[0] for _ in range(30)]
     assert together == alone
+
+
+def test_top_k_keeps_so_many_of_the_most_probable() -> None:
+    rows = LOGITS.repeat(400, 1)
+    assert set(sample(rows, [sequence(top_k=2, seed=n) for n in range(400)])) == {1, 3}
+    assert set(sample(rows, [sequence(top_k=3, seed=n) for n in range(400)])) == {1, 2, 3}
+    assert set(sample(rows, [sequence(top_k=1000, temperature=2.0, seed=n) for n in range(400)])) == {0, 1, 2, 3, 4}
+
+
+def test_min_p_drops_what_is_less_probable_than_its_share_of_the_best() -> None:
+    rows, share = LOGITS.repeat(400, 1), math.exp(-1.0)  # token 2 against tokens 1 and 3
+    assert set(sample(rows, [sequence(min_p=share + 1e-6, seed=n) for n in range(400)])) == {1, 3}
+    assert set(sample(rows, [sequence(min_p=share - 1e-6, seed=n) for n in range(400)])) == {1, 2, 3}
+
+
+def test_top_p_is_a_share_of_what_top_k_left() -> None:
+    rows = LOGITS.repeat(400, 1)  # of tokens 1 and 3 each has half
+    assert set(sample(rows, [sequence(top_k=2, top_p=0.49, seed=n) for n in range(400)])) == {1}
+    assert set(sample(rows, [sequence(top_k=2, top_p=0.51, seed=n) for n in range(400)])) == {1, 3}
+
+
+def said(**params: object) -> Sequence:
+    """A greedy sequence with token 2 in its prompt that has generated token 1 twice and token 0 once."""
+    given = grant(ComputeBudget.exactly(1.0), COST)
+    one = Sequence([256, 2], SamplingParams(temperature=0.0, **params), given, arrived=0.0)
+    for token in (1, 1, 0):
+        one.accept(token)
+    return one
+
+
+@pytest.mark.parametrize(
+    ("params", "logits", "expected"),
+    [
+        ({"presence_penalty": 0.5}, [0.0, 3.0, 0.0, 2.4], 1),
+        ({"presence_penalty": 0.7}, [0.0, 3.0, 0.0, 2.4], 3),
+        ({"frequency_penalty": 0.25}, [0.0, 3.0, 0.0, 2.4], 1),
+        ({"frequency_penalty": 0.35}, [0.0, 3.0, 0.0, 2.4], 3),
+        ({"frequency_penalty": 2.0}, [0.0, 0.0, 3.0, 2.4], 2),  # the prompt does not count
+        ({"repetition_penalty": 1.2}, [0.0, 0.0, 3.0, 2.6], 3),  # here it does
+        ({"repetition_penalty": 1.1}, [0.0, 0.0, 3.0, 2.6], 2),
+        ({"repetition_penalty": 2.0}, [-1.0, -9.0, -9.0, -1.5], 3),  # a negative logit falls
+        ({"presence_penalty": -2.0}, [0.0, 1.0, 0.0, 2.0], 1),
+    ],
+)
+def test_penalties_follow_what_was_said(params: dict[str, float], logits: list[float], expected: int) -> None:
+    rows = torch.tensor([logits, logits])
+    before = rows.clone()
+    assert sample(rows, [said(**params), said()]) == [expected, max(range(4), key=lambda token: logits[token])]
+    assert torch.equal(rows, before), "the mate's row and the reported scores are those of the model"
+
+
+def test_scores_are_log_probabilities_with_the_best_tokens() -> None:
+    expected = LOGITS[0].double().log_softmax(-1).tolist()
+    first, second = score(LOGITS.repeat(2, 1), [2, 1], [3, 0])
+    assert (first.token, first.logprob) == (2, pytest.approx(expected[2]))
+    assert [token for token, _ in first.top] == [1, 3, 2]
+    assert first.top[2][1] == first.logprob
+    assert (second.logprob, second.top) == (pytest.approx(expected[1]), [])
+    assert score(LOGITS[:0], [], []) == []

@@ -48,3 +48,19 @@ def test_a_character_is_released_with_its_last_byte() -> None:
 def test_text_that_cannot_become_a_stop_string_is_not_held_back() -> None:
     pieces, _ = assemble(b"xaab", (b"ab\n",))
     assert pieces == ["x", "", "a", "", "ab"]
+
+
+@given(st.binary(max_size=10), st.binary(max_size=10))
+def test_a_prefix_comes_first_and_joins_its_characters(prefix: bytes, content: bytes) -> None:
+    assembler = TextAssembler((b"ab",), prefix)
+    pieces = []
+    for byte in content:
+        text, stopped = assembler.push(byte)
+        pieces.append(text)
+        if stopped:
+            break
+    else:
+        pieces.append(assembler.flush())
+    end = content.find(b"ab")
+    expected = prefix + (content if end < 0 else content[:end])
+    assert "".join(pieces) == expected.decode("utf-8", "replace")

@@ -1,0 +1,134 @@
+"""From checked fields to sequences, and into the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from service.api.context import Context
+from service.api.errors import ApiError, internal_error
+from service.api.schemas.fields import parse_budget_header
+from service.api.schemas.generation import MOST_CHOICES, GenerationRequest
+from service.engine.budget import ComputeBudget, Grant, grant
+from service.engine.engine_thread import EngineBusyError, EngineStoppedError, OutputStream
+from service.engine.sequence import FinishReason, SamplingParams, Sequence
+
+_SCORED_PROMPTS = 2
+"""How often ``max_prompt_bytes`` may be scored in one request: every position is an entry in the answer."""
+
+
+def check_model(context: Context, name: str | None) -> None:
+    """Refuse a request for another model.
+
+    Raises:
+        ApiError: 404.
+    """
+    if name not in (None, context.model_name):
+        message = f"the model {name!r:.80} does not exist; this server has {context.model_name!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def choose_grant(context: Context, body: GenerationRequest, budget_header: str | None) -> Grant:
+    """The grant for the budget of the body, of the header, or of the settings.
+
+    Raises:
+        ApiError: 400, the header does not parse.
+    """
+    budget = body.compute_budget
+    if budget is None and budget_header is not None:
+        try:
+            budget = parse_budget_header(budget_header)
+        except ValueError as error:
+            raise ApiError(400, f"X-Compute-Budget: {error}", param="X-Compute-Budget") from error
+    return grant(budget or ComputeBudget.exactly(context.settings.default_budget), context.cost)
+
+
+def sampling_params(body: GenerationRequest, max_tokens: int, stop: Collection[str]) -> SamplingParams:
+    """How to draw, as a request says; the rest as by default."""
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=max(body.top_k, 0),
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        seed=body.seed,
+        stop=tuple(text.encode("utf-8") for text in stop),
+        ignore_eos=body.ignore_eos,
+    )
+
+
+def check_limits(
+    context: Context,
+    prompts: Collection[list[int]],
+    n: int,
+    params: SamplingParams,
+    length: str,
+    prompt_field: str = "prompt",
+) -> None:
+    """Hold a request against the server's limits before anything is made of it.
+
+    Args:
+        prompts: tokens. n: choices of each. length: the field that says how much to
+            generate. prompt_field: the one that says after what.
+
+    Raises:
+        ApiError: 400.
+    """
+    settings = context.settings
+    choices, room = n * len(prompts), min(MOST_CHOICES, settings.max_running + settings.max_waiting)
+    if choices > room:
+        param = "n" if n > 1 else prompt_field
+        raise ApiError(400, f"{param}: at most {room} choices are made per request, not {choices}", param=param)
+    limit = settings.max_prompt_bytes
+    for prompt in prompts:
+        check_length(context, prompt_field, len(prompt) - 1)
+    scored = n * sum(len(prompt) - 1 for prompt in prompts) if params.score_prompt else 0
+    if scored > _SCORED_PROMPTS * limit:
+        message = f"logprobs: at most {_SCORED_PROMPTS * limit} prompt bytes are scored per request, not {scored}"
+        raise ApiError(400, message, param="logprobs", code="context_length_exceeded")
+    if params.max_tokens > settings.max_tokens:
+        message = f"{length}: at most {settings.max_tokens} are generated per choice, not {params.max_tokens}"
+        raise ApiError(400, message, param=length)
+
+
+def check_length(context: Context, param: str, size: int) -> None:
+    """Refuse a text that is longer than the server reads.
+
+    Raises:
+        ApiError: 400.
+    """
+    limit = context.settings.max_prompt_bytes
+    if size > limit:
+        message = f"{param}: at most {limit} bytes are taken, not {size}"
+        raise ApiError(400, message, param=param, code="context_length_exceeded")
+
+
+def admit(context: Context, sequences: Collection[Sequence]) -> OutputStream:
+    """Hand the sequences of one request to the engine, all or none.
+
+    Raises:
+        ApiError: 429 if the queue is full, 503 if the server is stopping.
+    """
+    try:
+        return context.engine.open(sequences)
+    except EngineBusyError:
+        context.metrics.rejected.labels("queue_full").inc()
+        message = "the server's queue is full; try again later"
+        raise ApiError(429, message, code="queue_full", headers={"Retry-After": "1"}) from None
+    except EngineStoppedError:
+        context.metrics.rejected.labels("stopping").inc()
+        raise stopping() from None
+
+
+def failure(reason: FinishReason | None) -> ApiError | None:
+    """The error of a request that the engine ended without an answer; None where it has one."""
+    if reason is FinishReason.ERROR:
+        return internal_error()
+    return stopping() if reason is FinishReason.ABORT else None
+
+
+def stopping() -> ApiError:
+    """For a request that comes while the server is going down."""
+    return ApiError(503, "the server is stopping", code="stopping", headers={"Retry-After": "5"})

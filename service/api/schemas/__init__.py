@@ -1,0 +1,1 @@
+"""Requests and responses of the API, one module per concept."""

@@ -1,0 +1,172 @@
+"""``POST /v1/chat/completions``."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from service.api.schemas.fields import ApiModel, Request, Text, refusal
+from service.api.schemas.generation import LARGEST, NEUTRAL, GenerationRequest, Usage
+from service.engine.sequence import ComputeUsage
+
+MOST_MESSAGES = 1024
+MOST_TOP_LOGPROBS = 20
+DEFAULT_LENGTH = 256
+
+Role = Literal["system", "developer", "user", "assistant"]
+
+
+class ContentPart(Request):
+    """A piece of a message; only text is taken."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(Request):
+    """One message of a conversation."""
+
+    NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {"tool_calls": ([],), "function_call": ({},), "audio": ({},)}
+
+    role: Role
+    content: Text | list[ContentPart]
+    """Text, or parts of text, which are joined."""
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(GenerationRequest):
+    """Body of `POST /v1/chat/completions`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "messages": [{"role": "user", "content": "What does a parser do?"}],
+                    "max_completion_tokens": 64,
+                    "compute_budget": 0.5,
+                }
+            ]
+        }
+    )
+    NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = dict(NEUTRAL) | {
+        "add_generation_prompt": (True,),
+        "audio": ({},),
+        "chat_template": ("",),
+        "continue_final_message": (False,),
+        "echo": (False,),
+        "function_call": ("none",),
+        "functions": ([],),
+        "modalities": (["text"],),
+        "tool_choice": ("auto", "none"),
+        "tools": ([],),
+    }
+
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=LARGEST)
+    """Bytes to generate; 256, or the server's limit if that is lower."""
+    max_tokens: int | None = Field(default=None, ge=1, le=LARGEST)
+    """The older name of `max_completion_tokens`, which wins."""
+    logprobs: bool = False
+    """Report the log-probability of each generated token."""
+    top_logprobs: int = Field(default=0, ge=0, le=MOST_TOP_LOGPROBS)
+    """And of so many of the most probable; only with `logprobs`."""
+
+    @model_validator(mode="after")
+    def _built(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise refusal("top_logprobs", "top_logprobs is only allowed when logprobs is true")
+        return self
+
+    @property
+    def length(self) -> tuple[str, int | None]:
+        """The field that says how many bytes to generate, and what it says; None where none does."""
+        if self.max_tokens is not None and self.max_completion_tokens is None:
+            return "max_tokens", self.max_tokens
+        return "max_completion_tokens", self.max_completion_tokens
+
+
+class TopLogprob(ApiModel):
+    """A token and its log-probability."""
+
+    token: str
+    """A byte from 0x80 on is part of a character and is written `bytes:\\xe2`; the separator is `<|document|>`."""
+    logprob: float
+    bytes: list[int]
+    """The byte, none for the separator."""
+
+
+class TokenLogprob(TopLogprob):
+    """A generated token, its log-probability, and the most probable tokens in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(ApiModel):
+    """Log-probabilities of generated tokens: natural logarithms, at temperature 1 and before penalties."""
+
+    content: list[TokenLogprob]
+
+
+class AssistantMessage(ApiModel):
+    """The generated message."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(ApiModel):
+    """One generated message."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+    compute: ComputeUsage | None = Field(default=None, exclude_if=lambda value: value is None)
+    """What this choice spent; where there are several."""
+
+
+class ChatCompletion(ApiModel):
+    """Answer of `POST /v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Delta(ApiModel):
+    """What a chunk adds to a message."""
+
+    role: Literal["assistant"] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """On the first chunk of a choice."""
+    content: str | None = Field(default=None, exclude_if=lambda value: value is None)
+
+
+class ChunkChoice(ApiModel):
+    """A piece of one generated message."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+    compute: ComputeUsage | None = Field(default=None, exclude_if=lambda value: value is None)
+    """What this choice spent; on its last chunk, where there are several."""
+
+
+class ChatChunk(ApiModel):
+    """One chunk of a streamed chat completion."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None

@@ -1,0 +1,67 @@
+"""Prompts: text, or token ids, one or several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import BeforeValidator
+from pydantic.json_schema import WithJsonSchema
+
+from model.tokenizer import VOCAB_SIZE
+from service.api.schemas.fields import as_text
+
+MOST_PROMPTS = 128
+
+Prompt = str | tuple[int, ...]
+"""Text or token ids."""
+
+
+def parse_ids(value: Sequence[object]) -> tuple[int, ...]:
+    """Token ids from JSON.
+
+    Raises:
+        ValueError: an element is no integer from 0 to 256.
+    """
+    ids = tuple(token for token in value if isinstance(token, int) and not isinstance(token, bool))
+    if len(ids) != len(value):
+        raise ValueError("token ids must be integers")
+    wrong = next((place for place, token in enumerate(ids) if not 0 <= token < VOCAB_SIZE), None)
+    if wrong is not None:
+        raise ValueError(f"token ids are 0 to {VOCAB_SIZE - 1}, and the one at index {wrong} is not")
+    return ids
+
+
+def _parse_prompt(value: object) -> list[Prompt]:
+    if isinstance(value, str):
+        return [as_text(value)]
+    if not isinstance(value, list) or not value:
+        raise ValueError("must be a string, a list of strings, a list of token ids, or a list of such lists")
+    if isinstance(value[0], int):
+        return [parse_ids(value)]
+    if len(value) > MOST_PROMPTS:
+        raise ValueError(f"at most {MOST_PROMPTS} prompts are taken, not {len(value)}")
+    if all(isinstance(part, str) for part in value):
+        return [as_text(part) for part in value]
+    if all(isinstance(part, list) for part in value):
+        return [parse_ids(part) for part in value]
+    raise ValueError("a list of prompts must hold only strings, or only lists of token ids")
+
+
+TOKEN_SCHEMA = {"type": "integer", "minimum": 0, "maximum": VOCAB_SIZE - 1}
+_IDS_SCHEMA = {"type": "array", "items": TOKEN_SCHEMA}
+
+Prompts = Annotated[
+    list[Prompt],
+    BeforeValidator(_parse_prompt),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MOST_PROMPTS},
+                _IDS_SCHEMA | {"minItems": 1},
+                {"type": "array", "items": _IDS_SCHEMA, "minItems": 1, "maxItems": MOST_PROMPTS},
+            ]
+        }
+    ),
+]

@@ -1,0 +1,97 @@
+"""``POST /v1/tilings``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from service.api.schemas.fields import ApiModel, Request, Text
+from service.engine.sequence import ComputeUsage
+
+MOST_BUDGETS = 8
+LONGEST_TEXT = 1 << 14
+
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+
+class TilingsRequest(Request):
+    """Body of `POST /v1/tilings`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"text": "The parser reads a file line by line.", "budgets": [1.0, 0.5, 0.3]}]}
+    )
+
+    text: Text
+    """At most 16,384 bytes of UTF-8."""
+    budgets: list[Share] = Field(default=[1.0, 0.5, 0.3], min_length=1, max_length=MOST_BUDGETS)
+    """Up to 8 shares of full compute."""
+    rule: Literal["plan", "online"] = "plan"
+    """`plan`: as a prompt of this text is read. `online`: as generating and scoring fire, strictly causally."""
+    model: str | None = None
+    """The served model; another name is a 404."""
+
+
+class TileModel(ApiModel):
+    """A run of positions that the trunk reads as one step."""
+
+    start: int
+    end: int
+    """Not included."""
+    info_loss: float
+    """Bits lost at the positions before its last, where the trunk is stale."""
+    compute_cost: int
+    """FLOPs of the trunk step; 0 for a last tile that is still open."""
+
+
+class TilingModel(ApiModel):
+    """The tiles of a text at one budget, and what reading it costs."""
+
+    budget: float
+    granted: float
+    """The budget, or the floor where the budget does not pay for adaptive firing."""
+    reason: str
+    """`requested` or `floor`."""
+    tiles: list[TileModel]
+    """In order, covering the text; empty where the trunk never runs."""
+    info_loss: float
+    """Bits lost to a stale trunk, over the whole text, as the density predicts."""
+    spent: float
+    """`spent_flops / full_flops`."""
+    spent_flops: int
+    """Operations of reading the text: with `online`, of the head at every position too."""
+    full_flops: int
+    """Of the same at full resolution."""
+    mean_tile_bytes: float | None
+    """Null where the trunk never runs."""
+
+
+class Features(ApiModel):
+    """What the density is made of, one value per position."""
+
+    state_gradient: list[float]
+    attention_entropy: list[float]
+    temporal_distance: list[float]
+    predictive_entropy: list[float]
+
+
+class TilingsUsage(ApiModel):
+    """What the analysis itself cost."""
+
+    prompt_tokens: int
+    compute: ComputeUsage
+
+
+class Tilings(ApiModel):
+    """Answer of `POST /v1/tilings`. Position 0 is the document separator, position i the i-th byte of the text."""
+
+    object: Literal["tilings"] = "tilings"
+    model: str
+    rule: Literal["plan", "online"]
+    tokens: list[int]
+    density: list[float]
+    """Bits that a position would lose if the trunk were stale there."""
+    features: Features
+    tilings: list[TilingModel]
+    """In the order of the budgets."""
+    usage: TilingsUsage
