@@ -48,7 +48,7 @@ def main() -> None:
     set_threads(arguments.threads)
     model = load_checkpoint(arguments.checkpoint, torch.device("cpu"))
     tokens = torch.tensor([list(sample_text(BYTES).encode("ascii"))])
-    density = np.ascontiguousarray(model.analyse(tokens)[0].numpy())
+    density = model.analyse(tokens)[0].numpy()
     programmes = [time_programme(model, density, float(rate)) for rate in arguments.rates.split(",")]
     budgets = [float(budget) for budget in arguments.budgets.split(",")]
     plans = [time_plan(model, tokens, density, budget, arguments.rounds) for budget in budgets]

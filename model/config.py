@@ -45,7 +45,7 @@ class ModelConfig(StrictModel):
     chunk_size: Positive = 64
     """Positions per chunk of the scan."""
     min_tile_size: Positive = 1
-    max_tile_size: Positive = 64
+    max_tile_size: Positive = 128
     block_size: Positive = 512
     """Bytes planned (and prefilled) together, counted from the start of the sequence."""
     density_window: Positive = 32

@@ -24,6 +24,7 @@ SMALL = ModelConfig(
     d_state=16,
     d_state_levels=(4, 8, 16),
     chunk_size=16,
+    max_tile_size=64,
     block_size=64,
     density_window=8,
 )

@@ -68,7 +68,7 @@ def test_full_budget_fires_always_and_too_small_a_budget_never() -> None:
     assert (COST.rates(1.0).prefill, COST.rates(1.0).decode) == (1.0, 1.0)
     assert 0 < COST.floor < COST.least_adaptive < 0.3
     assert (COST.rates(COST.least_adaptive - 1e-9).prefill, COST.rates(0.01).decode) == (0.0, 0.0)
-    assert COST.rates(COST.least_adaptive).decode == pytest.approx(1 / 64)
+    assert COST.rates(COST.least_adaptive).decode == pytest.approx(1 / ModelConfig().max_tile_size)
 
 
 @pytest.mark.parametrize("budget", [0.97, 0.98, 0.999, 0.9999])
