@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.adaptive.density import InformationDensityAnalyzer
 from model.adaptive.router import CrossScaleRouter
-from model.adaptive.tiling import Pace, TileManager
+from model.adaptive.tiling import Pace, TileManager, accrue
 from model.config import ModelConfig
 from model.cost import CostModel
 from model.decoding import StepOutput, step_compiled, step_plain
@@ -223,7 +223,7 @@ class AdaptiveAttentionSystem(nn.Module):
         encoded = self.encode(tokens, state.encoder)
         state.encoder = encoded.states
         plan = self._plan(encoded, state, rate, causal=score)
-        quota = state.router.quota + rate * tokens.shape[1]
+        quota = accrue(state.router.quota, rate, tokens.shape[1])
         fires = torch.from_numpy(plan.astype(bool)).to(tokens.device).unsqueeze(0)
         output = self.combine(encoded.hidden, None if rate >= 1.0 else fires, state)
         state.router.quota = quota
