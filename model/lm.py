@@ -7,16 +7,18 @@ and the model is a plain stack of Mamba-2 blocks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.adaptive.density import InformationDensityAnalyzer
 from model.adaptive.router import CrossScaleRouter
-from model.adaptive.tiling import Pace, TileManager
+from model.adaptive.tiling import Pace, TileManager, accrue
 from model.config import ModelConfig
 from model.cost import CostModel
 from model.decoding import StepOutput, step_compiled, step_plain
@@ -73,6 +75,8 @@ class AdaptiveAttentionSystem(nn.Module):
         self.router = CrossScaleRouter(config)
         self.exit_norm = RMSNorm(config.d_model, config.norm_eps)
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.gradient_checkpointing = False
+        """Whether a pass that will be differentiated keeps only what goes in and out of each block."""
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +126,7 @@ class AdaptiveAttentionSystem(nn.Module):
 
     def encode(self, tokens: Tensor, states: tuple[BlockState, ...]) -> Encoded:
         """Run the encoder over tokens [B, L] from ``states`` (not changed)."""
-        hidden, after, trace = _run(self.encoder, self.embedding(tokens), states)
+        hidden, after, trace = self._run(self.encoder, self.embedding(tokens), states)
         assert trace is not None, "the encoder has at least one block"
         return Encoded(hidden, after, trace)
 
@@ -172,7 +176,7 @@ class AdaptiveAttentionSystem(nn.Module):
             router.fires = router.fires + count
         # Copies: the two are advanced in place, and are the same tensor where every position fires.
         router.last_fire, router.positions = last[:, -1].clone(), position[:, -1].clone()
-        output, state.decoder, _ = _run(self.decoder, hidden + spread, state.decoder)
+        output, state.decoder, _ = self._run(self.decoder, hidden + spread, state.decoder)
         return output
 
     def _run_trunk(self, selected: Tensor, stretch: Tensor | None, lengths: Tensor | None, state: ModelState) -> Tensor:
@@ -180,11 +184,29 @@ class AdaptiveAttentionSystem(nn.Module):
 
         Of row i the first ``lengths[i]`` count (None: all K). The trunk's state is replaced.
         """
-        entered = self.router.to_trunk(selected)
+        entered = self.router.to_trunk(selected).to(selected.dtype)  # residuals keep their precision under autocast
         width = state.trunk[0].ssm_state.shape[-1]
         columns = None if bool((state.columns == width).all()) else state.columns
-        left, state.trunk, _ = _run(self.trunk, entered, state.trunk, stretch, lengths, columns)
-        return self.router.from_trunk(left - entered)
+        left, state.trunk, _ = self._run(self.trunk, entered, state.trunk, stretch, lengths, columns)
+        return self.router.from_trunk(left - entered).to(selected.dtype)
+
+    def _run(
+        self,
+        blocks: nn.ModuleList,
+        hidden: Tensor,
+        states: tuple[BlockState, ...],
+        stretch: Tensor | None = None,
+        lengths: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[BlockState, ...], ScanTrace | None]:
+        """A stack of residual blocks over [B, L, D]; the states after, and the last block's trace."""
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        after, trace = [], None
+        for block, state in zip(blocks, states, strict=True):
+            run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+            hidden, new, trace = run(hidden, state, stretch, lengths=lengths, columns=columns)
+            after.append(new)
+        return hidden, tuple(after), trace
 
     def forward(self, tokens: Tensor, fires: Tensor | None = None, *, d_state: int | None = None) -> Tensor:
         """Logits [B, L, V] of whole sequences.
@@ -223,7 +245,7 @@ class AdaptiveAttentionSystem(nn.Module):
         encoded = self.encode(tokens, state.encoder)
         state.encoder = encoded.states
         plan = self._plan(encoded, state, rate, causal=score)
-        quota = state.router.quota + rate * tokens.shape[1]
+        quota = accrue(state.router.quota, rate, tokens.shape[1])
         fires = torch.from_numpy(plan.astype(bool)).to(tokens.device).unsqueeze(0)
         output = self.combine(encoded.hidden, None if rate >= 1.0 else fires, state)
         state.router.quota = quota
@@ -258,19 +280,3 @@ class AdaptiveAttentionSystem(nn.Module):
 
 def _blocks(modules: nn.ModuleList) -> list[AdaptiveMambaBlock]:
     return cast("list[AdaptiveMambaBlock]", list(modules))
-
-
-def _run(
-    blocks: nn.ModuleList,
-    hidden: Tensor,
-    states: tuple[BlockState, ...],
-    stretch: Tensor | None = None,
-    lengths: Tensor | None = None,
-    columns: Tensor | None = None,
-) -> tuple[Tensor, tuple[BlockState, ...], ScanTrace | None]:
-    """A stack of residual blocks over [B, L, D]; the states after, and the last block's trace."""
-    after, trace = [], None
-    for block, state in zip(blocks, states, strict=True):
-        hidden, new, trace = block(hidden, state, stretch, lengths=lengths, columns=columns)
-        after.append(new)
-    return hidden, tuple(after), trace

@@ -234,8 +234,8 @@ def _power_of_two(value: Tensor) -> Tensor:
 def smooth_density(density: Tensor, window_size: int = 32) -> Tensor:
     """Mean density [B, L] of the last ``window_size`` bytes at each byte, of fewer where fewer were read.
 
-    Causal, and as long as its input. It tells how dense a passage is, for resolution control; where tiles end is
-    decided on the density as it is, which smoothing would blur.
+    Causal, and as long as its input. It tells how dense a passage is, for resolution by region. Where tiles end is
+    decided on an exponential average, :meth:`InformationDensityAnalyzer.smooth`, which needs one number of state.
 
     Source: ``window_size``, section 4.2.1 of the source document, whose centred window sees the future.
 

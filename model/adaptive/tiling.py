@@ -239,6 +239,17 @@ class TileManager(nn.Module):
         return plan.fires
 
 
+def accrue(quota: Tensor, rate: float, length: int) -> Tensor:
+    """The quota [1] (float64) after ``length`` more bytes at ``rate``, added byte by byte as a step does.
+
+    To the last bit: at the pacing walls a difference in the last one would fire at other bytes, depending on how the
+    text was cut into calls.
+    """
+    steps = np.full(length + 1, rate)
+    steps[0] = quota.item()
+    return torch.full_like(quota, np.add.accumulate(steps)[-1])
+
+
 def _prolong(fires: Bytes, density: Floats, missing: int) -> Bytes:
     """Fires [L] with ``missing`` more, in the gap after the densest fire and, that filled, in those that follow.
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.adaptive.tiling import Pace
+from model.adaptive.tiling import Pace, accrue
 from model.lm import AdaptiveAttentionSystem, Encoded
 from model.ops.tiling import Floats
 from model.state import ModelState
@@ -83,7 +83,7 @@ class StrictEvaluation:
     ) -> None:
         length = len(targets)
         fires = self._fires(rate, state, density, length)
-        quota = state.router.quota + rate * length
+        quota = accrue(state.router.quota, rate, length)
         output = self.model.combine(encoded.hidden, fires, state)
         state.router.quota = quota
         nats = F.cross_entropy(self.model.head(output)[0], targets, reduction="sum").item()

@@ -159,7 +159,8 @@ class VariableStateSpaceModel(nn.Module):
         z, xBC_raw, dt_raw = self.in_proj(hidden).split([self.d_inner, self.conv_dim, self.heads], dim=-1)
         window = torch.cat([state.conv_state, xBC_raw], dim=1)
         mixed = F.conv1d(window.transpose(1, 2), self.conv_weight.unsqueeze(1), self.conv_bias, groups=self.conv_dim)
-        x, B, C = F.silu(mixed.transpose(1, 2)).split([self.d_inner, self.d_state, self.d_state], dim=-1)
+        xBC = F.silu(mixed.transpose(1, 2)).to(state.ssm_state.dtype)
+        x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
         B, C = self._mask(B, C, columns, state.ssm_state.shape[-1])
         x = x.unflatten(-1, (self.heads, self.headdim))
         dt = self._dt(dt_raw, stretch)
@@ -171,7 +172,8 @@ class VariableStateSpaceModel(nn.Module):
             last = lengths.unsqueeze(1) + torch.arange(taps, device=dt.device)  # the last inputs that count
             conv_state = window.gather(1, last.unsqueeze(-1).expand(-1, -1, self.conv_dim))
         A = -torch.exp(self.A_log.float())
-        scan = ssd_scan(x, dt, A, B, C, initial_state=state.ssm_state, chunk_size=self.chunk_size)
+        with torch.autocast(hidden.device.type, enabled=False):  # the state and its sums keep their precision
+            scan = ssd_scan(x, dt, A, B, C, initial_state=state.ssm_state, chunk_size=self.chunk_size)
         y = torch.addcmul(scan.y, x, self.D[:, None]).flatten(2)
         trace = ScanTrace(*(value.detach() for value in (x, dt, A, B, C, scan.chunk_states)))
         return self.out_proj(self.norm(y, z)), BlockState(conv_state, scan.final_state), trace

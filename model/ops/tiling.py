@@ -160,6 +160,20 @@ def smooth_rows(density: Floats, levels: Floats, seen: Integers, window: int) ->
 
 
 @njit(cache=True)
+def smooth_rows_gradient(gradient: Floats, window: int) -> Floats:  # pragma: no cover - compiled
+    """The gradient [B, L] by the densities of :func:`smooth_rows` from a start, of one [B, L] by its averages."""
+    out = np.empty_like(gradient)
+    for b in range(gradient.shape[0]):
+        reach = 0.0
+        for t in range(gradient.shape[1] - 1, -1, -1):
+            weight = 1.0 / min(t + 1, window)
+            reach += gradient[b, t]
+            out[b, t] = weight * reach
+            reach *= 1.0 - weight
+    return out
+
+
+@njit(cache=True)
 def pacing_error(fires: float, quota: float, position: float, rate: float) -> float:  # pragma: no cover - compiled
     """Fires ahead (positive) or behind (negative) of the quota, in units of the tolerated gap at ``position``."""
     return (fires - quota) / max(6.0, (0.01 + 0.02 * rate) * position)

@@ -24,10 +24,21 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--minutes", type=float, help="stop and save after this long")
+    parser.add_argument("--checkpointing", action="store_true", help="less memory for long sequences, more time")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"], help="others need a GPU")
     parser.add_argument("--plain", action="store_true", help="full resolution only: the plain Mamba-2 baseline")
     for name in ("steps", "sequences", "length", "seed", "warmup", "validate_every", "save_every"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
-    for name in ("learning_rate", "cooldown", "full_weight", "floor_share", "uniform_share", "weight_decay"):
+    for name in (
+        "learning_rate",
+        "cooldown",
+        "full_weight",
+        "floor_share",
+        "uniform_share",
+        "weight_decay",
+        "lambda_info",
+        "lambda_compute",
+    ):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(defaults, name))
     parser.add_argument("--shape", type=_shape, default={}, help="changes to the shape, such as d_model=128")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from model.config import StrictModel
@@ -34,8 +36,14 @@ class TrainingConfig(StrictModel):
     lowest_rate: float = Field(default=1 / 64, gt=0, le=1)
     highest_rate: float = Field(default=0.97, gt=0, le=1)
     exit_weight: float = Field(default=0.1, ge=0)
-    kl_weight: float = Field(default=0.1, ge=0)
-    density_weight: float = Field(default=0.1, ge=0)
+    lambda_info: float = Field(default=0.1, ge=0)
+    """Weight of what keeps information: divergence from full resolution, and the density's regression."""
+    lambda_compute: float = Field(default=1.0, ge=0)
+    """Weight of the squared difference between a text's expected compute and its budget."""
+    checkpointing: bool = False
+    """Compute the inside of each block again in the backward pass instead of keeping it: for long sequences."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of matrix products on a GPU; states, sums and losses stay in fp32. fp16 scales the loss."""
     validate_every: int = Field(default=200, ge=1)
     validation_sequences: int = Field(default=16, ge=1)
     save_every: int = Field(default=100, ge=1)

@@ -1,7 +1,8 @@
 """The training loss: full and reduced resolution on the same bytes.
 
-Source: ``compute_loss``, section 4.5.1 of the source document: task loss + compute + information preservation. The
-compute term is not a penalty here: the firing rule meets the sampled rate by construction, so its gradient is zero.
+Source: ``compute_loss``, section 4.5.1 of the source document: task + lambda_compute * compute + lambda_info *
+information preservation. A penalty on all compute would have no gradient, since the firing rule meets the sampled rate
+over a batch by construction; the compute term is on what each text of it is away from that rate at a common threshold.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.lm import AdaptiveAttentionSystem
+from model.lm import AdaptiveAttentionSystem, Encoded
+from model.ops.tiling import Floats
 from model.training.config import TrainingConfig
+from model.training.expected import expected_rates
 from model.training.firing import Reduced, choose_fires
 
 
@@ -29,7 +32,7 @@ class Loss:
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy in nats [B, L] of logits [B, L, V]."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
 
 
 def compute_loss(
@@ -47,34 +50,60 @@ def compute_loss(
 
     exit_logits = model.exit_head(encoded.hidden)
     exit_loss = cross_entropy(exit_logits, targets).mean()
-    state = model.allocate_state(len(tokens), d_state=reduced.d_state)
-    features, analysed = model.density(exit_logits.detach(), encoded.trace, state.density)
-    if model.training:
-        model.density.update_statistics(features, reduced.momentum)
-    density = model.density.combine(features)
-    smoothed = model.density.smooth(density.detach(), state.density, analysed)
-    if model.training:
-        model.tiles.update_spread(smoothed, reduced.momentum)
+    density, smoothed = _analyse(model, exit_logits, encoded, reduced)
     fires = torch.from_numpy(choose_fires(model.tiles, smoothed, reduced)).to(inputs.device)
-    logits = model.head(model.combine(encoded.hidden, fires, state))
+    logits = model.head(
+        model.combine(encoded.hidden, fires, model.allocate_state(len(tokens), d_state=reduced.d_state))
+    )
     cost = cross_entropy(logits, targets)
-    # One sequence is enough for the divergence: it is an average over thousands of positions already.
-    divergence = (
-        F.kl_div(logits[:1].log_softmax(-1), full_logits[:1].detach().log_softmax(-1), log_target=True, reduction="sum")
-        / logits[:1, :, 0].numel()
-    )
-    regression = density_regression(model, density, cost.detach() - full.detach(), fires)
     weight = config.full_weight
-    loss.total = (
-        weight * full.mean()
-        + (1.0 - weight) * cost.mean()
-        + config.exit_weight * exit_loss
-        + config.kl_weight * divergence
-        + config.density_weight * regression
+    task = weight * full.mean() + (1.0 - weight) * cost.mean() + config.exit_weight * exit_loss
+    information = divergence(logits, full_logits) + density_regression(
+        model, density, cost.detach() - full.detach(), fires
     )
+    loss.total = task + config.lambda_info * information
+    if config.lambda_compute > 0.0 and model.cost.analysed(reduced.rate) and not reduced.uniform:
+        loss.total = loss.total + config.lambda_compute * compute_error(model, density, reduced.rate)
     loss.bits["exit"] = exit_loss.item() / math.log(2.0)
     loss.bits["floor" if reduced.rate == 0 else "reduced"] = cost.mean().item() / math.log(2.0)
     return loss
+
+
+def _analyse(
+    model: AdaptiveAttentionSystem, exit_logits: Tensor, encoded: Encoded, reduced: Reduced
+) -> tuple[Tensor, Floats]:
+    """Density [B, L], differentiable in its weights, and smoothed; in training the running statistics move."""
+    state = model.density.zero_state(len(exit_logits), exit_logits.device)
+    with torch.autocast(exit_logits.device.type, enabled=False):
+        features, analysed = model.density(exit_logits.detach().float(), encoded.trace, state)
+        if model.training:
+            model.density.update_statistics(features, reduced.momentum)
+        density = model.density.combine(features)
+    smoothed = model.density.smooth(density.detach(), state, analysed)
+    if model.training:
+        model.tiles.update_spread(smoothed, reduced.momentum)
+    return density, smoothed
+
+
+def divergence(logits: Tensor, full_logits: Tensor) -> Tensor:
+    """Divergence in nats per byte of logits [B, L, V] from those at full resolution, which are taken as given.
+
+    One sequence is enough for it: it is an average over thousands of positions already.
+    """
+    mine, full = logits[:1].float().log_softmax(-1), full_logits[:1].detach().float().log_softmax(-1)
+    return F.kl_div(mine, full, log_target=True, reduction="sum") / mine[..., 0].numel()
+
+
+def compute_error(model: AdaptiveAttentionSystem, density: Tensor, rate: float) -> Tensor:
+    """Mean over texts of (expected compute - budget)², compute as a share of full resolution.
+
+    Args:
+        density: [B, L] bits, differentiable. rate: fires per byte that the budget pays for, between 0 and 1.
+    """
+    cost = model.cost
+    trunk = cost.unit.trunk / cost.full_flops(1, 1)
+    expected = expected_rates(density, rate, model.density.window_size, model.tiles.spread)
+    return (trunk * (expected - rate)).square().mean().float()
 
 
 def density_regression(model: AdaptiveAttentionSystem, density: Tensor, stale_cost: Tensor, fires: Tensor) -> Tensor:

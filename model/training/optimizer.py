@@ -6,6 +6,7 @@ Source: ``AdaptiveOptimizer.optimize_step``, section 4.5.2 of the source documen
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +24,23 @@ class AdaptiveOptimizer:
     """Steps a model at a given resolution.
 
     Args:
-        model: its parameters are changed in place. config: learning rate and its schedule, clipping, weight decay.
+        model: its parameters are changed in place. config: learning rate and its schedule, clipping, weight decay,
+            precision, checkpointing.
+
+    Raises:
+        ValueError: mixed precision without a GPU.
     """
 
     def __init__(self, model: AdaptiveAttentionSystem, config: TrainingConfig) -> None:
         self.model = model
         self.config = config
+        device = model.device.type
+        if config.precision != "fp32" and device == "cpu":
+            raise ValueError(f"precision = {config.precision!r} needs a GPU; on a CPU it must be 'fp32'")
+        model.gradient_checkpointing = config.checkpointing
+        dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
+        self.mixed = partial(torch.autocast, device, dtype=dtype, enabled=config.precision != "fp32")
+        self.scaler = torch.amp.GradScaler(device, enabled=config.precision == "fp16")
         matrices, decayed, kept, density = [], [], [], []
         for name, parameter in model.named_parameters():
             if name.startswith(("density.", "tiles.")):
@@ -71,23 +83,30 @@ class AdaptiveOptimizer:
         Raises:
             FloatingPointError: the loss is not finite; the parameters are unchanged.
         """
-        loss = compute_loss(self.model, tokens, reduced, self.config)
+        with self.mixed():
+            loss = compute_loss(self.model, tokens, reduced, self.config)
         if not math.isfinite(loss.total.item()):
             raise FloatingPointError(f"loss is {loss.total.item()} at step {step}: {loss.bits}")
-        loss.total.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.scaler.scale(loss.total).backward()
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        overflown = self.scaler.is_enabled() and not norm.isfinite()  # the scaler halves its scale, nothing else moves
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * self.schedule(step)
-            optimizer.step()
+            if not overflown:
+                self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
         return loss
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """State of both optimisers."""
-        return [optimizer.state_dict() for optimizer in self.optimizers]
+        """State of both optimisers, and of the loss scale."""
+        return [*(optimizer.state_dict() for optimizer in self.optimizers), self.scaler.state_dict()]
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        for optimizer, state in zip(self.optimizers, states, strict=True):
+        for optimizer, state in zip(self.optimizers, states[:-1], strict=True):
             optimizer.load_state_dict(state)
+        self.scaler.load_state_dict(states[-1])

@@ -64,6 +64,15 @@ def test_a_rate_spends_its_budget_exactly(budget: float) -> None:
     assert COST.budget(rates.decode, logits=1) == pytest.approx(budget, abs=1e-12)
 
 
+@pytest.mark.parametrize("budget", [0.3, 0.5, 0.9])
+def test_what_a_budget_buys_is_billed_at_that_budget(budget: float) -> None:
+    """The density is part of the bill: leaving it out would spend less than was granted."""
+    positions, rates = 1_000_000, COST.rates(budget)
+    for rate, logits in ((rates.prefill, 0), (rates.decode, positions)):
+        spent = COST.flops(positions, round(rate * positions), logits, positions).total
+        assert spent / COST.full_flops(positions, logits) == pytest.approx(budget, abs=1e-5)
+
+
 def test_full_budget_fires_always_and_too_small_a_budget_never() -> None:
     assert (COST.rates(1.0).prefill, COST.rates(1.0).decode) == (1.0, 1.0)
     assert 0 < COST.floor < COST.least_adaptive < 0.3

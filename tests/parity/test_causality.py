@@ -27,20 +27,20 @@ def online_logits(model: AdaptiveAttentionSystem, tokens: torch.Tensor, rate: fl
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.5, 0.1, 0.0])
-def test_a_changed_suffix_changes_no_earlier_logit_under_online_firing(rate: float) -> None:
+def test_a_changed_suffix_changes_no_earlier_logit_under_online_firing(path: str, rate: float) -> None:
     model = random_model()
     before = [online_logits(model, tokens, rate)[:, :CUT] for tokens in two_texts()]
     torch.testing.assert_close(*before, atol=1e-6, rtol=0)
 
 
-def test_a_changed_suffix_does_change_later_logits() -> None:
+def test_a_changed_suffix_does_change_later_logits(path: str) -> None:
     model = random_model()
     one, other = (online_logits(model, tokens, 0.5)[:, CUT:] for tokens in two_texts())
     assert (one - other).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.1])
-def test_the_plan_of_a_block_does_not_depend_on_later_blocks(rate: float) -> None:
+def test_the_plan_of_a_block_does_not_depend_on_later_blocks(path: str, rate: float) -> None:
     model, plans = random_model(), []
     for tokens in two_texts():
         state = model.allocate_state(1)

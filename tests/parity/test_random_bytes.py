@@ -8,7 +8,7 @@ from model.checkpoint import EMBEDDED_CHECKPOINT, load_checkpoint
 from model.evaluation.strict import StrictEvaluation
 
 
-def test_uniformly_random_bytes_cost_at_least_eight_bits() -> None:
+def test_uniformly_random_bytes_cost_at_least_eight_bits(path: str) -> None:
     model = load_checkpoint(EMBEDDED_CHECKPOINT)
     evaluation = StrictEvaluation(model, [1.0, 0.7, 0.5, 0.3, model.cost.floor])
     evaluation.add(random.Random(0).randbytes(6000))

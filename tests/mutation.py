@@ -1,0 +1,216 @@
+"""Plants faults of the kinds that state-space models really suffer from, one by one, and counts those that tests catch.
+
+``python -m tests.mutation`` works in a temporary copy of the tree. A fault is a small edit that must fit the source
+exactly once, so the list cannot rot unnoticed (``tests/test_mutation.py``). Exit status 1 if a fault survives.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("model", "tests")
+
+SCAN = "model/ops/ssd.py"
+MIXER = "model/layers/mamba2.py"
+LOOPS = "model/ops/recurrent.py"
+RULE = "model/ops/tiling.py"
+DENSITY = "model/adaptive/density.py"
+SYSTEM = "model/lm.py"
+
+READING = "tests/parity/test_any_reading.py"
+STEPS = "tests/parity/test_step_equals_forward.py"
+CAUSAL = "tests/parity/test_causality.py"
+PACKING = "tests/parity/test_packing.py"
+
+
+class MutationError(RuntimeError):
+    """A fault does not fit the source, or the tests say nothing about it."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One fault: ``old`` in ``file`` becomes ``new``, and ``tests`` should notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def apply(self, root: Path) -> None:
+        """Plant the fault in the tree at ``root``.
+
+        Raises:
+            MutationError: ``old`` does not occur exactly once.
+        """
+        path = root / self.file
+        source = path.read_text(encoding="utf-8")
+        found = source.count(self.old)
+        if found != 1:
+            raise MutationError(f"{self.name}: {self.old!r} occurs {found} times in {self.file}, not once")
+        path.write_text(source.replace(self.old, self.new), encoding="utf-8")
+
+
+MUTATIONS = (
+    Mutation(
+        "scan: sums start at the chunk, not at the sequence", SCAN,
+        "states.append(torch.addcmul(new, kept, states[-1]))", "states.append(new)", (STEPS,),
+    ),
+    Mutation(
+        "scan: initial state dropped", SCAN,
+        "states = [initial_state]", "states = [torch.zeros_like(initial_state)]", (READING,),
+    ),
+    Mutation(
+        "pass: convolution state dropped between pieces", MIXER,
+        "window = torch.cat([state.conv_state, xBC_raw], dim=1)",
+        "window = torch.cat([state.conv_state * 0, xBC_raw], dim=1)", (READING,),
+    ),
+    Mutation(
+        "compiled pass: convolution state dropped between pieces", LOOPS,
+        "raw[at] if at >= 0 else conv_state[b, at + taps - 1], by_tap[k])", "raw[max(at, 0)], by_tap[k])", (READING,),
+    ),
+    Mutation(
+        "pass: a short piece keeps the oldest inputs of the convolution", MIXER,
+        "conv_state = window[:, window.shape[1] - taps :]", "conv_state = window[:, :taps]", (READING,),
+    ),
+    Mutation(
+        "tile pooled over its past instead of selected", SYSTEM,
+        "selected = hidden.gather(", "selected = (hidden.cumsum(1) / offsets[:, None]).gather(", (STEPS,),
+    ),
+    Mutation(
+        "tile pooled over the bytes to come", SYSTEM,
+        "selected = hidden.gather(", "selected = hidden.flip(1).cumsum(1).flip(1).gather(", (CAUSAL,),
+    ),
+    Mutation(
+        "a decision sees the next byte", RULE,
+        "density[t], staleness, rate, log_threshold, spread, last_fire",
+        "density[min(t + 1, length - 1)], staleness, rate, log_threshold, spread, last_fire", (CAUSAL, STEPS),
+    ),
+    Mutation(
+        "compiled: limits of dt ignored", LOOPS,
+        "min(max(size, least), most) * math.exp", "size * math.exp", (STEPS,),
+    ),
+    Mutation(
+        "plain: limits of dt ignored", MIXER,
+        ".clamp(self.least_dt, self.most_dt)", "", (STEPS,),
+    ),
+    Mutation(
+        "compiled: dt rectified without the soft part", LOOPS,
+        "max(raw, np.float32(0.0)) + np.float32(math.log1p(math.exp(-abs(raw)))))",
+        "max(raw, np.float32(0.0)))", (STEPS,),
+    ),
+    Mutation(
+        "length of a tile lost where a piece of prompt begins", SYSTEM,
+        "prepend=router.last_fire.unsqueeze(1)", "prepend=router.positions.unsqueeze(1)", (READING,),
+    ),
+    Mutation(
+        "update held before the first fire", SYSTEM,
+        "slot = fires.cumsum(1).unsqueeze(-1)",
+        "slot = fires.cumsum(1).clamp(1, updates.shape[1] - 1).unsqueeze(-1)", (READING, CAUSAL),
+    ),
+    Mutation(
+        "pass: age off by one where the update fades", SYSTEM,
+        "self.router.fade(updates.gather(1, slot), position - last)",
+        "self.router.fade(updates.gather(1, slot), position - last + 1)", (STEPS,),
+    ),
+    Mutation(
+        "compiled step: age off by one where the update fades", LOOPS,
+        "math.log1p(positions[b] - last_fire[b])", "math.log1p(positions[b] - last_fire[b] + 1)", (STEPS,),
+    ),
+    Mutation(
+        "quota not carried over pieces", SYSTEM,
+        "quota = accrue(state.router.quota, rate, tokens.shape[1])",
+        "quota = accrue(state.router.quota * 0, rate, tokens.shape[1])", (READING,),
+    ),
+    Mutation(
+        "window of the density not carried over pieces", DENSITY,
+        "keys = torch.cat([state.keys, trace.B], dim=1)",
+        "keys = torch.cat([state.keys * 0, trace.B], dim=1)", (STEPS,),
+    ),
+    Mutation(
+        "smoothed density starts anew in each piece", DENSITY,
+        "levels = before.level.cpu().numpy().copy()", "levels = np.zeros(len(density))", (STEPS,),
+    ),
+    Mutation(
+        "compiled pass: padding advances a state", LOOPS,
+        "for t in range(count):", "for t in range(length):", (PACKING,),
+    ),
+    Mutation(
+        "plain pass: padding advances a state", MIXER,
+        "dt = dt * (torch.arange(hidden.shape[1], device=dt.device) < lengths.unsqueeze(1)).unsqueeze(-1)",
+        "dt = dt * 1.0", (PACKING,),
+    ),
+    Mutation(
+        "batch mates share a row of the state", LOOPS,
+        "now, part = ssm_state[rows[i], h]", "now, part = ssm_state[i, h]", (PACKING,),
+    ),
+    Mutation(
+        "compiled: scale of a state size dropped", LOOPS,
+        "scale = level_scale[level]", "scale = _ONE", (STEPS,),
+    ),
+    Mutation(
+        "stepping neglects that a running stretch goes on more easily", "model/adaptive/controller.py",
+        "torch.where(running, -INERTIA, INERTIA)", "torch.where(running, INERTIA, INERTIA)", (READING,),
+    ),
+    Mutation(
+        "operations of the density not billed", "model/cost.py",
+        "density=analysed * unit.density", "density=0", ("tests/model/test_cost.py",),
+    ),
+)  # fmt: skip
+
+
+def copy_tree(source: Path, target: Path) -> Path:
+    """Copy what a test run needs, compiled caches included: times are kept, so that they stay valid."""
+    for name in COPIED:
+        shutil.copytree(source / name, target / name)
+    shutil.copy2(source / "pyproject.toml", target)
+    return target
+
+
+def run_tests(root: Path, tests: tuple[str, ...]) -> bool:
+    """Whether the tests pass in the tree at ``root``.
+
+    Raises:
+        MutationError: they did not run.
+    """
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile", "unshrunk"]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):
+        raise MutationError(f"pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done.returncode == 0
+
+
+def survives(mutation: Mutation, pristine: Path) -> bool:
+    """Plant one fault in a copy of the tree at ``pristine``; whether its tests pass all the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = copy_tree(pristine, Path(folder))
+        mutation.apply(root)
+        return run_tests(root, mutation.tests)
+
+
+def main() -> int:
+    """Plant every fault; returns the exit status."""
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        pristine = copy_tree(ROOT, Path(folder))
+        if not run_tests(pristine, tuple(sorted({test for one in MUTATIONS for test in one.tests}))):
+            raise MutationError("the tests fail without any fault")
+        for mutation in MUTATIONS:
+            survived = survives(mutation, pristine)
+            survivors += [mutation.name] * survived
+            print(f"{'SURVIVED' if survived else 'caught'}: {mutation.name}", flush=True)
+    print(f"planted {len(MUTATIONS)}, caught {len(MUTATIONS) - len(survivors)}")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
