@@ -18,13 +18,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.machine import describe_machine
+from model.checkpoint import EMBEDDED_CHECKPOINT, load_checkpoint
 from model.config import ModelConfig
 from model.lm import AdaptiveAttentionSystem
 from model.training.config import TrainingConfig
 from model.training.data import SEPARATOR, Corpus, Domain
 from model.training.expected import expected_rates
 from model.training.firing import START, fit_log_threshold, sample_reduced
-from model.training.loss import cross_entropy
+from model.training.loss import compute_error, cross_entropy, density_regression
 from model.training.optimizer import AdaptiveOptimizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,12 +106,51 @@ def measure(model: AdaptiveAttentionSystem, tokens: Tensor) -> dict[str, float]:
     }
 
 
+def fit_density(training: Tensor, held_out: Tensor, weight: float) -> dict[str, float]:
+    """The embedded model's density alone, fitted anew with the information and the compute term, to their end.
+
+    Args:
+        training, held_out: [B, L + 1]. weight: of the compute term, beside a regression that has weight 0.1.
+    """
+    model = load_checkpoint(EMBEDDED_CHECKPOINT).requires_grad_(False)
+    parts = [_stale_cost(model, tokens) for tokens in (training, held_out)]
+    model.density.requires_grad_(True)
+    optimizer = torch.optim.Adam(model.density.parameters(), lr=0.03)
+    for _ in range(200):
+        optimizer.zero_grad()
+        features, lost, fires = parts[0]
+        density = model.density.combine(features)
+        loss = 0.1 * density_regression(model, density, lost, fires) + weight * compute_error(model, density, RATE)
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        features, lost, fires = parts[1]
+        density = model.density.combine(features)
+        return {
+            "expected compute, RMS error over texts": float(compute_error(model, density, RATE).sqrt()),
+            "density regression (bits^2)": float(density_regression(model, density, lost, fires)),
+        }
+
+
+@torch.no_grad()
+def _stale_cost(model: AdaptiveAttentionSystem, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Features [B, L, 4], nats lost by a reduced pass [B, L], and its fires [B, L]."""
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    state = model.allocate_state(len(inputs))
+    encoded = model.encode(inputs, state.encoder)
+    features, _ = model.density(model.exit_head(encoded.hidden), encoded.trace, state.density)
+    rows = model.analyse(inputs).numpy()
+    fires = torch.from_numpy(np.stack([model.tiles.online(row, RATE, START) for row in rows]).astype(bool))
+    lost = cross_entropy(model(inputs, fires), targets) - cross_entropy(model(inputs), targets)
+    return features, lost, fires
+
+
 def main() -> None:
     """Run the ablation and print it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--texts", type=int, default=32)
-    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--length", type=int, default=256)
     arguments = parser.parse_args()
     training, held_out = read_corpora()
     tokens = held_out.batch(1, 0, arguments.texts, arguments.length)
@@ -120,7 +160,9 @@ def main() -> None:
             steps=arguments.steps, sequences=4, length=arguments.length, floor_share=0.2, uniform_share=0.1
         ).model_copy(update=weights)
         results[name] = measure(train(training, config, name), tokens)
-    print(json.dumps(describe_machine() | {"rate": RATE, "results": results}, indent=2))
+    texts = training.batch(2, 0, arguments.texts, 4 * arguments.length), held_out.batch(2, 0, 16, 4 * arguments.length)
+    fitted = {f"lambda_compute = {weight}": fit_density(*texts, weight) for weight in (0.0, 1.0, 10.0)}
+    print(json.dumps(describe_machine() | {"rate": RATE, "trained": results, "density alone": fitted}, indent=2))
 
 
 if __name__ == "__main__":
