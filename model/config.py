@@ -29,6 +29,8 @@ class ModelConfig(StrictModel):
     vocab_size: int = Field(default=VOCAB_SIZE, ge=2, le=1 << 20)
     tied_head: bool = True
     """Whether the head's weights are the embedding's."""
+    adapted: bool = True
+    """Whether the weights were trained to run at reduced budgets; a converted model's were not."""
     d_model: Positive = 192
     d_trunk: Positive = 256
     encoder_layers: Positive = 1

@@ -50,6 +50,7 @@ def create_app(settings: Settings, model: AdaptiveAttentionSystem) -> FastAPI:
         cost=model.cost,
         tokenizer=ByteTokenizer(),
         model_name=model.config.name,
+        adapted=model.config.adapted,
         started=int(time.time()),
     )
     install_error_handlers(app)

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from model.convert import add_convert_arguments, run_convert
 from model.evaluation.cli import add_evaluate_arguments, run_evaluate
 from model.training.cli import add_train_arguments, run_train
 from service.generate import add_generate_arguments, run_generate
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     command("generate", "Generate text in the terminal.", add_generate_arguments, run_generate)
     command("train", "Train a model, or go on with a run.", add_train_arguments, run_train)
     command("evaluate", "Bits per byte and compute on documents, per budget.", add_evaluate_arguments, run_evaluate)
+    command("convert", "Make a checkpoint from a Hugging Face Mamba-2 folder.", add_convert_arguments, run_convert)
     return parser
 
 
@@ -87,7 +89,10 @@ def _run_serve(arguments: argparse.Namespace) -> int:
     set_threads(settings.threads)
     device = choose_device(settings.device)
     model = load_checkpoint(settings.checkpoint, device)
-    logging.getLogger(__name__).info("serving %s on %s", model.config.name, device)
+    logger = logging.getLogger(__name__)
+    logger.info("serving %s on %s", model.config.name, device)
+    if not model.config.adapted:
+        logger.warning("%s was not adapted to budgets below 1: they are kept, but answers get worse", model.config.name)
     uvicorn.run(
         create_app(settings, model),
         host=settings.host,

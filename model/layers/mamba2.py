@@ -37,6 +37,7 @@ class VariableStateSpaceModel(nn.Module):
     def __init__(self, width: int, config: ModelConfig, *, variable: bool) -> None:
         super().__init__()
         self.width = width
+        self._config, self._variable = config, variable
         self.d_inner = config.inner(width)
         self.heads = config.heads(width)
         self.headdim = config.headdim
@@ -101,6 +102,46 @@ class VariableStateSpaceModel(nn.Module):
         else:
             raise ValueError(f"interpolation_mode = {interpolation_mode!r} must be 'nested' or 'linear'")
         return BlockState(state.conv_state.clone(), ssm.clone())
+
+    def resized(self, d_state: int, *, preserve_weights: bool = True) -> VariableStateSpaceModel:
+        """A mixer of its own with a full state of ``d_state`` columns, any number from 1; this one is not changed.
+
+        With ``preserve_weights`` it is the prefix of this one: fewer columns compute what this one does at that level,
+        more read 0 from the new ones until trained. A level's scale s of C becomes D / s and norm_eps / s², since the
+        gated norm divides by the size. Without, the weights are drawn anew.
+        """
+        kept = min(d_state, self.d_state)
+        levels = (*(level for level in self.levels if level < d_state), d_state) if self._variable else (d_state,)
+        with torch.no_grad():
+            level = kept if kept in self.levels else self.d_state
+            scale = self.query_scale(torch.tensor(level, device=self.D.device))
+        eps = self.norm.eps / float(scale) ** 2 if preserve_weights else self.norm.eps
+        shape = {**self._config.model_dump(), "d_state": d_state, "d_state_levels": levels, "norm_eps": eps}
+        twin = VariableStateSpaceModel(self.width, ModelConfig(**shape), variable=self._variable)
+        twin.to(self.D.device).train(self.training).requires_grad_(self.D.requires_grad)
+        if not preserve_weights:
+            return twin
+        with torch.no_grad():
+            for mine, new in zip(self._parts(), twin._parts(), strict=True):
+                shared = min(len(mine), len(new))
+                new[:shared].copy_(mine[:shared])
+            for new in (twin.conv_weight, twin.conv_bias):
+                new[self.d_inner + d_state + kept :] = 0.0  # C of columns that this one lacks
+            twin.out_proj.weight.copy_(self.out_proj.weight)
+            twin.D.copy_(self.D / scale)
+            twin.norm.weight.copy_(self.norm.weight * scale.sign())
+            if self._variable:
+                smaller = torch.tensor(levels[:-1], device=self.D.device, dtype=torch.int64)
+                twin.level_scale.copy_(self.query_scale(smaller) / scale)
+                twin.tile_exponent.copy_(self.tile_exponent)
+        return twin
+
+    def _parts(self) -> list[Tensor]:
+        """Views of what is laid out by channels: z and x, B, C, dt of the projection; x, B, C of the convolution."""
+        convolved = [self.d_inner, self.d_state, self.d_state]
+        projected = self.in_proj.weight.split([2 * self.d_inner, self.d_state, self.d_state, self.heads])
+        taps, bias = self.conv_weight.split(convolved), self.conv_bias.split(convolved)
+        return [*projected, *taps, *bias, self.dt_bias, self.A_log]
 
     def _check_level(self, d_state: int) -> None:
         if d_state not in self.levels:
@@ -261,6 +302,13 @@ class AdaptiveMambaBlock(nn.Module):
         super().__init__()
         self.norm = RMSNorm(width, config.norm_eps)
         self.mixer = VariableStateSpaceModel(width, config, variable=variable)
+
+    def resize_state_space(self, d_state: int, preserve_weights: bool = True) -> None:
+        """Give the block a full state of ``d_state`` columns; live states are resized by the mixer or the router.
+
+        See :meth:`VariableStateSpaceModel.resized`. Optimisers that hold the old parameters must be made anew.
+        """
+        self.mixer = self.mixer.resized(d_state, preserve_weights=preserve_weights)
 
     def forward(
         self,

@@ -24,6 +24,8 @@ class Context:
     cost: CostModel
     tokenizer: ByteTokenizer
     model_name: str
+    adapted: bool
+    """Whether the model was trained for budgets below 1."""
     started: int
     """Unix time in seconds."""
 

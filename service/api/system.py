@@ -81,4 +81,5 @@ def _card(context: Context) -> ModelCard:
         created=context.started,
         max_model_len=context.max_model_len,
         compute_floor=context.cost.floor,
+        adapted=context.adapted,
     )

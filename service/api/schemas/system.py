@@ -22,6 +22,8 @@ class ModelCard(ApiModel):
     """Prompt and generated tokens that one request may have."""
     compute_floor: float
     """The lowest share of full resolution at which the model generates."""
+    adapted: bool
+    """Whether the model was trained for budgets below 1; if not, they are kept, but answers get worse."""
 
 
 class ModelList(ApiModel):
