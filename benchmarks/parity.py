@@ -60,7 +60,8 @@ def pair(changes: dict[str, Any], seed: int = 0) -> tuple[AdaptiveAttentionSyste
     torch.manual_seed(seed)
     keys = {"model_type": "mamba2", "vocab_size": 257, "n_groups": 1} | SMALL | changes
     source = SourceConfig.model_validate(keys)
-    theirs = Mamba2ForCausalLM(Mamba2Config(**source.model_dump(exclude={"model_type"}))).eval().requires_grad_(False)
+    theirs: nn.Module = Mamba2ForCausalLM(Mamba2Config(**source.model_dump(exclude={"model_type"})))
+    theirs.eval().requires_grad_(False)
     for name, parameter in theirs.named_parameters():
         if name.endswith(("conv1d.bias", "dt_bias", "A_log", "D", "norm.weight", "norm_f.weight")):
             parameter.add_(0.3 * torch.randn_like(parameter))
