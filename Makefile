@@ -4,7 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: serve test check format bench clean
+CLIENTS := .venv-clients
+
+.PHONY: serve test test-clients check format bench clean
 
 serve: $(VENV)/.serve  ## Set up if needed, and serve the embedded checkpoint on 127.0.0.1:8000.
 	$(BIN)/rheostat serve $(OPTIONS)
@@ -12,6 +14,14 @@ serve: $(VENV)/.serve  ## Set up if needed, and serve the embedded checkpoint on
 test: check  ## Set up if needed, and run every check and test.
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage report --skip-covered --skip-empty
+
+test-clients: $(VENV)/.serve $(CLIENTS)/.installed  ## Real clients against a real server, in an environment of their own.
+	SERVER_BIN=$(abspath $(BIN)) $(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini --rootdir . tests/clients
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --disable-pip-version-check --quiet --requirement $<
+	touch $@
 
 check: $(VENV)/.develop  ## Format, lint, import rule, strict types.
 	$(BIN)/ruff format --check .

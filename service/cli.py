@@ -7,7 +7,6 @@ import logging
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -16,7 +15,7 @@ from model.convert import add_convert_arguments, run_convert
 from model.evaluation.cli import add_evaluate_arguments, run_evaluate
 from model.training.cli import add_train_arguments, run_train
 from service.generate import add_generate_arguments, run_generate
-from service.settings import Settings
+from service.settings import ENVIRONMENT_PREFIX, Settings, setting_options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         return run(chosen)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        return _complain(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        return _complain(f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}")
     except (ValueError, FileNotFoundError) as error:
         return _complain(str(error))
     except KeyboardInterrupt:
@@ -65,14 +64,13 @@ def _complain(message: str) -> int:
 
 
 def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
-    defaults = Settings()
-    parser.add_argument("--host", default=defaults.host)
-    parser.add_argument("--port", type=int, default=defaults.port)
-    parser.add_argument("--checkpoint", type=Path, default=defaults.checkpoint, help="folder")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default=defaults.device)
-    parser.add_argument("--threads", type=int, default=defaults.threads, help="CPU threads of the model")
-    parser.add_argument("--max-running", type=int, default=defaults.max_running, help="sequences in one batch")
-    parser.add_argument("--max-waiting", type=int, default=defaults.max_waiting, help="requests that may queue")
+    parser.epilog = (
+        f"Every option can be set by an environment variable too, as {ENVIRONMENT_PREFIX}MAX_RUNNING, and in a TOML "
+        "file, as max_running = 8. An option wins over the environment, and that over the file."
+    )
+    for name in Settings.model_fields:
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, **setting_options(name), default=argparse.SUPPRESS)
 
 
 def _run_serve(arguments: argparse.Namespace) -> int:
@@ -82,25 +80,23 @@ def _run_serve(arguments: argparse.Namespace) -> int:
     from model.checkpoint import load_checkpoint
     from model.device import choose_device, set_threads
     from service.app import create_app
+    from service.keys import load_keys
+    from service.logs import configure_logs
+    from service.server import ServerConfig
 
     chosen: dict[str, Any] = {name: value for name, value in vars(arguments).items() if name in Settings.model_fields}
     settings = Settings(**chosen)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    keys = load_keys(settings.keys_file, settings.api_key)
+    configure_logs(settings.log_format)
     set_threads(settings.threads)
     device = choose_device(settings.device)
     model = load_checkpoint(settings.checkpoint, device)
+    access = f"API keys: {len(keys)}" if len(keys) else "no API keys: open to all who reach it"
     logger = logging.getLogger(__name__)
-    logger.info("serving %s on %s", model.config.name, device)
+    logger.info("serving %s on %s, %s", model.config.name, device, access)
     if not model.config.adapted:
         logger.warning("%s was not adapted to budgets below 1: they are kept, but answers get worse", model.config.name)
-    uvicorn.run(
-        create_app(settings, model),
-        host=settings.host,
-        port=settings.port,
-        timeout_graceful_shutdown=settings.shutdown_seconds,
-        log_config=None,
-        access_log=False,
-    )
+    uvicorn.Server(ServerConfig(create_app(settings, model, keys), settings)).run()
     return 0
 
 

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Header, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
+from service.api.auth import KeyDependency
 from service.api.context import Context, ContextDependency
 from service.api.errors import ERRORS
 from service.api.generation import Generation, Identity, Piece
@@ -31,6 +32,7 @@ from service.api.schemas.generation import Usage
 from service.api.streaming import stream_responses
 from service.api.template import TURN_STOPS, render
 from service.engine.sequence import Sequence
+from service.keys import ApiKey
 
 router = APIRouter(tags=["generation"])
 
@@ -42,19 +44,22 @@ async def create_chat_completion(
     request: Request,
     body: ChatRequest,
     context: ContextDependency,
+    key: KeyDependency,
     x_compute_budget: Annotated[str | None, Header(description="A compute budget, as JSON; the body wins.")] = None,
 ) -> Response:
     """Generate the assistant's next message within a compute budget; streamed on request."""
-    sequences = build_sequences(context, body, x_compute_budget)
+    sequences = build_sequences(context, key, body, x_compute_budget)
     shape = ChatShape(Identity.new("chatcmpl", context.model_name), logprobs=body.logprobs)
     return await Generation(context, sequences).respond(request, body, shape)
 
 
-def build_sequences(context: Context, body: ChatRequest, budget_header: str | None) -> list[Sequence]:
+def build_sequences(
+    context: Context, key: ApiKey | None, body: ChatRequest, budget_header: str | None
+) -> list[Sequence]:
     """The engine's form of a request: ``n`` sequences.
 
     Raises:
-        ApiError: a field is out of the server's limits, or the model is not the one that is served.
+        ApiError: a field is out of the server's or the key's limits, or the model is not the one that is served.
     """
     check_model(context, body.model)
     prompt = context.tokenizer.encode(render(body.messages))
@@ -64,7 +69,7 @@ def build_sequences(context: Context, body: ChatRequest, budget_header: str | No
     stops = body.stop if body.ignore_eos else (*body.stop, *TURN_STOPS)
     params = replace(sampling_params(body, max_tokens, stops), logprobs=body.top_logprobs if body.logprobs else None)
     check_limits(context, [prompt], body.n, params, field, prompt_field="messages")
-    grant, arrived = choose_grant(context, body, budget_header), time.monotonic()
+    grant, arrived = choose_grant(context, key, body, budget_header), time.monotonic()
     return [Sequence(prompt, params.of_choice(choice), grant, arrived=arrived) for choice in range(body.n)]
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from model.tokenizer import DOCUMENT, ByteTokenizer
+from service.api.auth import KeyDependency
 from service.api.context import Context, ContextDependency
 from service.api.errors import ERRORS
 from service.api.generation import Generation, Identity, Piece
@@ -22,6 +23,7 @@ from service.api.schemas.generation import Usage
 from service.api.schemas.prompt import Prompt
 from service.api.streaming import stream_responses
 from service.engine.sequence import Sequence
+from service.keys import ApiKey
 
 router = APIRouter(tags=["generation"])
 
@@ -31,19 +33,22 @@ async def create_completion(
     request: Request,
     body: CompletionRequest,
     context: ContextDependency,
+    key: KeyDependency,
     x_compute_budget: Annotated[str | None, Header(description="A compute budget, as JSON; the body wins.")] = None,
 ) -> Response:
     """Generate text after one or several prompts within a compute budget; streamed on request."""
-    sequences = build_sequences(context, body, x_compute_budget)
+    sequences = build_sequences(context, key, body, x_compute_budget)
     shape = CompletionShape(Identity.new("cmpl", context.model_name), body)
     return await Generation(context, sequences).respond(request, body, shape)
 
 
-def build_sequences(context: Context, body: CompletionRequest, budget_header: str | None) -> list[Sequence]:
+def build_sequences(
+    context: Context, key: ApiKey | None, body: CompletionRequest, budget_header: str | None
+) -> list[Sequence]:
     """The engine's form of a request: ``n`` sequences per prompt, those of the first prompt first.
 
     Raises:
-        ApiError: a field is out of the server's limits, or the model is not the one that is served.
+        ApiError: a field is out of the server's or the key's limits, or the model is not the one that is served.
     """
     check_model(context, body.model)
     prompts = [tokens_of(prompt, context.tokenizer) for prompt in body.prompt]
@@ -55,7 +60,7 @@ def build_sequences(context: Context, body: CompletionRequest, budget_header: st
         score_prompt=body.echo and body.logprobs is not None,
     )
     check_limits(context, prompts, body.n, params, "max_tokens")
-    grant, arrived = choose_grant(context, body, budget_header), time.monotonic()
+    grant, arrived = choose_grant(context, key, body, budget_header), time.monotonic()
     return [
         Sequence(prompt, params.of_choice(choice), grant, arrived=arrived)
         for prompt in prompts

@@ -10,6 +10,7 @@ from fastapi import Depends, Request
 from model.cost import CostModel
 from model.tokenizer import ByteTokenizer
 from service.engine.engine_thread import EngineThread
+from service.keys import Keyring, RateLimiter
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -19,6 +20,8 @@ class Context:
     """The parts of one server; made by the app, given to every route."""
 
     settings: Settings
+    keys: Keyring
+    rates: RateLimiter
     engine: EngineThread
     metrics: Metrics
     cost: CostModel

@@ -43,6 +43,7 @@ class ApiError(Exception):
 
 _TYPES = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
@@ -70,7 +71,7 @@ def internal_error() -> ApiError:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Make every error of an app an OpenAI error."""
+    """Make every error that a route raises an OpenAI error; unexpected ones are answered by ``RequestLog``."""
 
     async def api_error(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
@@ -84,13 +85,9 @@ def install_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, error.headers)
 
-    async def unexpected(_: Request, __: Exception) -> JSONResponse:
-        return JSONResponse(internal_error().body(), 500)
-
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(Exception, unexpected)
 
 
 def describe(errors: Sequence[Mapping[str, Any]]) -> ApiError:

@@ -6,11 +6,13 @@ from collections.abc import Collection
 
 from service.api.context import Context
 from service.api.errors import ApiError, internal_error
+from service.api.request_log import current_record
 from service.api.schemas.fields import parse_budget_header
 from service.api.schemas.generation import MOST_CHOICES, GenerationRequest
-from service.engine.budget import ComputeBudget, Grant, grant
+from service.engine.budget import BudgetAboveMaximumError, ComputeBudget, Grant, grant
 from service.engine.engine_thread import EngineBusyError, EngineStoppedError, OutputStream
 from service.engine.sequence import FinishReason, SamplingParams, Sequence
+from service.keys import ApiKey
 
 _SCORED_PROMPTS = 2
 """How often ``max_prompt_bytes`` may be scored in one request: every position is an entry in the answer."""
@@ -27,19 +29,27 @@ def check_model(context: Context, name: str | None) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def choose_grant(context: Context, body: GenerationRequest, budget_header: str | None) -> Grant:
-    """The grant for the budget of the body, of the header, or of the settings.
+def choose_grant(context: Context, key: ApiKey | None, body: GenerationRequest, budget_header: str | None) -> Grant:
+    """The grant for what a request asks in its body, else in its header, else for its key's or the server's default.
 
     Raises:
-        ApiError: 400, the header does not parse.
+        ApiError: 400, the header is no budget; 403, the key's maximum does not allow it.
     """
-    budget = body.compute_budget
-    if budget is None and budget_header is not None:
+    field, asked = "compute_budget", body.compute_budget
+    if asked is None and budget_header is not None:
+        field = "X-Compute-Budget"
         try:
-            budget = parse_budget_header(budget_header)
+            asked = parse_budget_header(budget_header)
         except ValueError as error:
-            raise ApiError(400, f"X-Compute-Budget: {error}", param="X-Compute-Budget") from error
-    return grant(budget or ComputeBudget.exactly(context.settings.default_budget), context.cost)
+            raise ApiError(400, f"{field}: {error}", param=field) from error
+    maximum = 1.0 if key is None else key.maximum_budget
+    if asked is None:
+        default = key.default_budget if key is not None else None
+        asked = ComputeBudget.exactly(default or min(context.settings.default_budget, maximum))
+    try:
+        return grant(asked, context.cost, maximum)
+    except BudgetAboveMaximumError as error:
+        raise ApiError(403, f"{field}: {error}", param=field, code="budget_above_maximum") from None
 
 
 def sampling_params(body: GenerationRequest, max_tokens: int, stop: Collection[str]) -> SamplingParams:
@@ -106,13 +116,13 @@ def check_length(context: Context, param: str, size: int) -> None:
 
 
 def admit(context: Context, sequences: Collection[Sequence]) -> OutputStream:
-    """Hand the sequences of one request to the engine, all or none.
+    """Hand the sequences of one request to the engine, all or none, and put them on its bill.
 
     Raises:
         ApiError: 429 if the queue is full, 503 if the server is stopping.
     """
     try:
-        return context.engine.open(sequences)
+        outputs = context.engine.open(sequences)
     except EngineBusyError:
         context.metrics.rejected.labels("queue_full").inc()
         message = "the server's queue is full; try again later"
@@ -120,6 +130,8 @@ def admit(context: Context, sequences: Collection[Sequence]) -> OutputStream:
     except EngineStoppedError:
         context.metrics.rejected.labels("stopping").inc()
         raise stopping() from None
+    current_record.get().follow(outputs, context.cost)
+    return outputs
 
 
 def failure(reason: FinishReason | None) -> ApiError | None:

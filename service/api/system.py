@@ -1,10 +1,12 @@
-"""Models, health, version and metrics."""
+"""Models, health, version, metrics and the schema."""
 
 from __future__ import annotations
 
 from importlib.metadata import version
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, JSONResponse
 
 from service.api.context import Context, ContextDependency
 from service.api.errors import ERRORS, ApiError
@@ -12,6 +14,8 @@ from service.api.requests import check_model, stopping
 from service.api.schemas.system import Health, ModelCard, ModelList, Version
 
 router = APIRouter(tags=["system"])
+health_router = APIRouter(tags=["system"])
+"""What orchestrators ask without a key."""
 
 
 @router.get("/v1/models", responses=ERRORS)
@@ -27,7 +31,7 @@ async def get_model(model: str, context: ContextDependency) -> ModelCard:
     return _card(context)
 
 
-@router.get("/health", responses=ERRORS)
+@health_router.get("/health", responses=ERRORS)
 async def health(context: ContextDependency) -> Health:
     """Whether the server is alive and takes requests: what both of the others ask."""
     _check_progress(context)
@@ -35,14 +39,14 @@ async def health(context: ContextDependency) -> Health:
     return Health()
 
 
-@router.get("/health/live", responses=ERRORS)
+@health_router.get("/health/live", responses=ERRORS)
 async def live(context: ContextDependency) -> Health:
     """Whether the engine makes progress; where it does not, only a restart helps."""
     _check_progress(context)
     return Health()
 
 
-@router.get("/health/ready", responses=ERRORS)
+@health_router.get("/health/ready", responses=ERRORS)
 async def ready(context: ContextDependency) -> Health:
     """Whether new requests should be sent here."""
     _check_open(context)
@@ -61,6 +65,18 @@ async def metrics(context: ContextDependency) -> Response:
     """All metrics in Prometheus' text format."""
     content, content_type = context.metrics.render()
     return Response(content, headers={"Content-Type": content_type})
+
+
+@router.get("/openapi.json", include_in_schema=False)
+async def schema(request: Request) -> JSONResponse:
+    """The API as an OpenAPI document."""
+    return JSONResponse(request.app.openapi())
+
+
+@router.get("/docs", include_in_schema=False)
+async def documentation(request: Request) -> HTMLResponse:
+    """The same as a page."""
+    return get_swagger_ui_html(openapi_url="/openapi.json", title=request.app.title)
 
 
 def _check_progress(context: Context) -> None:

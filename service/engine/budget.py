@@ -16,6 +16,12 @@ class Reason(StrEnum):
     """As asked."""
     FLOOR = "floor"
     """The request asked for less than the model can do with: it runs without the trunk."""
+    MAXIMUM = "maximum"
+    """The request's target is above what its API key may be granted, its minimum is not: it gets the maximum."""
+
+
+class BudgetAboveMaximumError(ValueError):
+    """Not even the least that a request would take may be granted to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +59,16 @@ class Grant:
     """Trunk fires per byte that keep it."""
 
 
-def grant(budget: ComputeBudget, cost: CostModel) -> Grant:
-    """The grant for a budget: the target, or the floor where the target does not pay for adaptive firing."""
-    rates = cost.rates(budget.target)
+def grant(budget: ComputeBudget, cost: CostModel, maximum: float = 1.0) -> Grant:
+    """The grant for a budget: the target, at most ``maximum``; the floor where that does not pay for adaptive firing.
+
+    Raises:
+        BudgetAboveMaximumError: the budget's minimum is above ``maximum``.
+    """
+    if budget.minimum > maximum:
+        raise BudgetAboveMaximumError(f"at most {maximum:g} may be granted here, not {budget.minimum:g}")
+    share = min(budget.target, maximum)
+    rates = cost.rates(share)
     if rates.decode <= 0.0:
         return Grant(budget.target, cost.floor, Reason.FLOOR, rates)
-    return Grant(budget.target, budget.target, Reason.REQUESTED, rates)
+    return Grant(budget.target, share, Reason.REQUESTED if share == budget.target else Reason.MAXIMUM, rates)

@@ -149,24 +149,32 @@ class OutputStream:
     """Iterates over the outputs of sequences in the event loop that made it; :meth:`close` it in any case."""
 
     def __init__(self, engine: EngineThread, sequences: Collection[Sequence]) -> None:
-        self._sequences = sequences
+        self.sequences = sequences
         self._engine = engine
         self._outputs: asyncio.Queue[Output] = asyncio.Queue()  # bounded by max_tokens
         loop = asyncio.get_running_loop()
-        engine.submit(sequences, lambda output: loop.call_soon_threadsafe(self._outputs.put_nowait, output))
-        self._unfinished = len(sequences)
+        self.on_end: Callable[[], None] | None = None
+        """Called in the event loop when every sequence has ended, whether or not anybody reads the outputs."""
+        engine.submit(sequences, lambda output: loop.call_soon_threadsafe(self._receive, output))
+        self._unread = self._unfinished = len(sequences)
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Output:
-        if not self._unfinished:
+        if not self._unread:
             raise StopAsyncIteration
         output = await self._outputs.get()
-        self._unfinished -= output.finish is not None
+        self._unread -= output.finish is not None
         return output
+
+    def _receive(self, output: Output) -> None:
+        self._outputs.put_nowait(output)
+        self._unfinished -= output.finish is not None
+        if not self._unfinished and self.on_end is not None:
+            self.on_end()
 
     def close(self) -> None:
         """Cancel the sequences that have not ended."""
-        for sequence in self._sequences:
+        for sequence in self.sequences:
             self._engine.cancel(sequence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from model.config import ModelConfig
 from model.lm import AdaptiveAttentionSystem
 from service.api.context import Context
 from service.app import create_app
+from service.keys import Keyring
+from service.server import ServerConfig
 from service.settings import Settings
 
 TINY = ModelConfig(
@@ -75,18 +78,22 @@ class Running:
 
 
 @contextmanager
-def serving(model: AdaptiveAttentionSystem, **settings: object) -> Iterator[Running]:
-    """Serve ``model`` over HTTP."""
-    app = create_app(Settings(**settings), model)
-    server = uvicorn.Server(
-        uvicorn.Config(app, port=0, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=5)
-    )
-    thread = threading.Thread(target=server.run)
+def serving(
+    model: AdaptiveAttentionSystem,
+    keys: Keyring | None = None,
+    listener: socket.socket | None = None,
+    **settings: object,
+) -> Iterator[Running]:
+    """Serve ``model`` over HTTP as ``rheostat serve`` does, on a free port or on ``listener``."""
+    chosen = Settings(port=0, **{"shutdown_seconds": 5} | settings)
+    app = create_app(chosen, model, keys or Keyring([]))
+    server = uvicorn.Server(ServerConfig(app, chosen))
+    thread = threading.Thread(target=server.run, args=([listener] if listener else None,))
     thread.start()
     while not server.started:
         assert thread.is_alive(), "the server did not start"
         time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
+    port = (listener or server.servers[0].sockets[0]).getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     try:
         with httpx.Client(base_url=url, timeout=60) as client:
