@@ -24,7 +24,7 @@ from model.tokenizer import ByteTokenizer
 from service.engine.budget import ComputeBudget, grant
 from service.engine.engine import Engine
 from service.engine.model_runner import ModelRunner
-from service.engine.scheduler import Scheduler
+from service.engine.scheduler import Limits, Scheduler
 from service.engine.sequence import Phase, SamplingParams, Sequence
 from service.metrics import Metrics
 
@@ -80,15 +80,16 @@ def sample_text(size: int) -> str:
 
 def run(model: AdaptiveAttentionSystem, prompt: str, tokens: int, batch: int, budget: float) -> Run:
     """Time one batch: until every prompt is read, and from there until every sequence has its tokens."""
-    engine = Engine(ModelRunner(model), Scheduler(batch), Metrics(model.config.name), time.perf_counter)
+    runner = ModelRunner(model)
+    limits = Limits.for_states(runner.state_sizes, running=batch, block_size=runner.block_size)
+    engine = Engine(runner, Scheduler(limits, runner.state_sizes), Metrics(model.config.name), time.perf_counter)
     given = grant(ComputeBudget.exactly(budget), model.cost)
     params = SamplingParams(max_tokens=tokens + batch, temperature=0.0, ignore_eos=True)
     sequences = [
         Sequence(ByteTokenizer().encode(prompt), params, given, arrived=time.perf_counter()) for _ in range(batch)
     ]
     decode = prefill = 0.0
-    for sequence in sequences:
-        engine.add(sequence)
+    engine.add(sequences)
     while not engine.idle:
         reading = any(sequence.phase is Phase.PREFILL for sequence in sequences)
         began = time.perf_counter()

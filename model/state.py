@@ -57,6 +57,15 @@ class Rows:
         for mine, other in zip(self.tensors(), rows.tensors(), strict=True):
             mine.index_copy_(0, index, other)
 
+    def first(self, count: int) -> Self:
+        """The first ``count`` rows, sharing memory."""
+        return self.map(lambda tensor: tensor[:count])
+
+    def copy_row_(self, row: int, other: Self, source: int) -> None:
+        """Overwrite one row with the row ``source`` of ``other``, in place."""
+        for mine, new in zip(self.tensors(), other.tensors(), strict=True):
+            mine[row] = new[source]
+
     def copy_(self, other: Self) -> None:
         """Overwrite every row with the rows of ``other``, in place."""
         for mine, new in zip(self.tensors(), other.tensors(), strict=True):

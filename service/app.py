@@ -11,7 +11,6 @@ from fastapi.params import Depends as Dependency
 from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
-from model.cost import CostModel
 from model.lm import AdaptiveAttentionSystem
 from model.tokenizer import ByteTokenizer
 from service.api import chat, completions, system, tilings, tokens
@@ -20,10 +19,11 @@ from service.api.body_limit import BodyLimit
 from service.api.context import Context
 from service.api.errors import install_error_handlers
 from service.api.request_log import RequestLog
-from service.engine.engine import Engine
-from service.engine.engine_thread import EngineThread
+from service.engine.engine import Deadlines, Engine
+from service.engine.engine_thread import Admission, EngineThread
+from service.engine.load import LoadControl
 from service.engine.model_runner import ModelRunner
-from service.engine.scheduler import Scheduler
+from service.engine.scheduler import Limits, Scheduler
 from service.keys import Keyring, RateLimiter
 from service.metrics import Metrics
 from service.settings import Settings
@@ -36,11 +36,8 @@ def create_app(settings: Settings, model: AdaptiveAttentionSystem, keys: Keyring
 
     Its engine runs between the app's startup and shutdown.
     """
-    metrics = Metrics(model.config.name)
-    runner = ModelRunner(model)
-    runner.warm_up()
-    engine = Engine(runner, Scheduler(settings.max_running), metrics, time.monotonic)
-    thread = EngineThread(engine, settings.max_running + settings.max_waiting)
+    metrics = Metrics(model.config.name, model.config.d_state_levels)
+    thread = _make_engine(settings, model, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -63,8 +60,30 @@ def create_app(settings: Settings, model: AdaptiveAttentionSystem, keys: Keyring
     )
     install_error_handlers(app)
     _add_routes(app, secured=len(keys) > 0)
-    _add_layers(app, settings, model.cost)
+    _add_layers(app, settings)
     return app
+
+
+def _make_engine(settings: Settings, model: AdaptiveAttentionSystem, metrics: Metrics) -> EngineThread:
+    runner = ModelRunner(model, settings.prefix_cache_bytes)
+    runner.warm_up()
+    limits = Limits.for_states(
+        runner.state_sizes,
+        running=settings.max_running,
+        block_size=runner.block_size,
+        state_bytes=settings.state_bytes,
+        prefill_share=settings.prefill_share,
+    )
+    engine = Engine(
+        runner,
+        Scheduler(limits, runner.state_sizes),
+        metrics,
+        time.monotonic,
+        load=LoadControl(settings.load_patience_seconds),
+        deadlines=Deadlines(settings.queue_seconds, settings.request_seconds),
+    )
+    admission = Admission(settings.max_running + settings.max_waiting, settings.queue_seconds, settings.stall_seconds)
+    return EngineThread(engine, admission)
 
 
 def _add_routes(app: FastAPI, *, secured: bool) -> None:
@@ -79,7 +98,7 @@ def _add_routes(app: FastAPI, *, secured: bool) -> None:
         app.include_router(module.router, dependencies=counted)
 
 
-def _add_layers(app: FastAPI, settings: Settings, cost: CostModel) -> None:
+def _add_layers(app: FastAPI, settings: Settings) -> None:
     """What stands around the routes; the last one added is the outermost."""
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, seconds=settings.body_seconds)
     if settings.cors_origins:
@@ -90,4 +109,4 @@ def _add_layers(app: FastAPI, settings: Settings, cost: CostModel) -> None:
             allow_headers=_CORS_HEADERS,
             expose_headers=["Retry-After", "X-Request-Id"],
         )
-    app.add_middleware(RequestLog, cost=cost)
+    app.add_middleware(RequestLog)

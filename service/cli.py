@@ -75,14 +75,12 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run_serve(arguments: argparse.Namespace) -> int:
     # Imported here: the other commands need no web server.
-    import uvicorn
-
     from model.checkpoint import load_checkpoint
     from model.device import choose_device, set_threads
     from service.app import create_app
     from service.keys import load_keys
     from service.logs import configure_logs
-    from service.server import ServerConfig
+    from service.server import Server, ServerConfig
 
     chosen: dict[str, Any] = {name: value for name, value in vars(arguments).items() if name in Settings.model_fields}
     settings = Settings(**chosen)
@@ -96,7 +94,8 @@ def _run_serve(arguments: argparse.Namespace) -> int:
     logger.info("serving %s on %s, %s", model.config.name, device, access)
     if not model.config.adapted:
         logger.warning("%s was not adapted to budgets below 1: they are kept, but answers get worse", model.config.name)
-    uvicorn.Server(ServerConfig(create_app(settings, model, keys), settings)).run()
+    app = create_app(settings, model, keys)
+    Server(ServerConfig(app, settings), app.state.context.engine).run()
     return 0
 
 

@@ -13,7 +13,7 @@ from model.tokenizer import ByteTokenizer
 from service.engine.budget import ComputeBudget, grant
 from service.engine.engine import Engine
 from service.engine.model_runner import ModelRunner
-from service.engine.scheduler import Scheduler
+from service.engine.scheduler import Limits, Scheduler
 from service.engine.sequence import SamplingParams, Sequence
 from service.metrics import Metrics
 
@@ -37,7 +37,9 @@ def run_generate(arguments: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     model = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
     metrics = Metrics(model.config.name)
-    engine = Engine(ModelRunner(model), Scheduler(1), metrics, time.monotonic)
+    runner = ModelRunner(model)
+    limits = Limits.for_states(runner.state_sizes, running=1, block_size=runner.block_size)
+    engine = Engine(runner, Scheduler(limits, runner.state_sizes), metrics, time.monotonic)
     sequence = Sequence(
         ByteTokenizer().encode(prompt),
         SamplingParams(
@@ -49,12 +51,12 @@ def run_generate(arguments: argparse.Namespace) -> int:
         grant(budget, model.cost),
         arrived=time.monotonic(),
     )
-    engine.add(sequence)
+    engine.add([sequence])
     while not engine.idle:
         for output in engine.step():
             print(output.text, end="", flush=True)
     print()
-    print(_figures(sequence, engine), file=sys.stderr)
+    print(_figures(sequence), file=sys.stderr)
     return 0
 
 
@@ -67,8 +69,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--top-p must be greater than 0 and at most 1, not {arguments.top_p}")
 
 
-def _figures(sequence: Sequence, engine: Engine) -> str:
-    usage = sequence.usage(engine.runner.cost)
+def _figures(sequence: Sequence) -> str:
+    usage = sequence.usage()
     assert sequence.first_token is not None
     assert sequence.latest_token is not None
     decoding = sequence.latest_token - sequence.first_token

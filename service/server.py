@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 import sys
 from collections.abc import Callable
 from typing import Any, cast
@@ -19,6 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from service.api.errors import error_body
+from service.engine.engine_thread import EngineThread
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,25 @@ class ServerConfig(uvicorn.Config):
             timeout_graceful_shutdown=settings.shutdown_seconds,
         )
         self.settings = settings
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, with an end that every client understands.
+
+    Once told to stop it takes no new requests and lets the open ones finish. Those that have not when three quarters of
+    the time are over get an error, before uvicorn would cut them off without one.
+    """
+
+    def __init__(self, config: ServerConfig, engine: EngineThread) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._patience = config.settings.shutdown_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop."""
+        self._engine.drain()
+        asyncio.get_running_loop().call_later(0.75 * self._patience, self._engine.abort_all)
+        await super().shutdown(sockets)
 
 
 class LingeringTransport:

@@ -60,11 +60,45 @@ class Settings(BaseSettings):
     max_waiting: int = Field(
         default=128, ge=0, le=1 << 20, description="sequences (choices of requests) that may queue; more get 429"
     )
+    state_bytes: int | None = Field(
+        default=None,
+        ge=1,
+        description="bytes of all states together, two at least; room for max_running whole ones if unset. Where it is "
+        "short, states of requests that allow less than their target are shrunk before others have to wait",
+    )
+    prefill_share: float = Field(
+        default=0.75,
+        gt=0,
+        le=1,
+        description="share of the time that reading prompts may take while others generate: tokens then come at most "
+        "1 / (1 - share) times as slowly, on average",
+    )
+    prefix_cache_bytes: int = Field(
+        default=0,
+        ge=0,
+        le=1 << 40,
+        description="bytes of states kept of prompts that were read, per API key; 0 for none",
+    )
+    load_patience_seconds: float = Field(
+        default=0.5,
+        gt=0,
+        le=3600,
+        description="how long a request may wait before the budgets of those that allow it are lowered",
+    )
+    queue_seconds: float = Field(
+        default=60.0,
+        gt=0,
+        le=86400,
+        description="how long a request may wait for its turn; then 503. One that would have to wait longer gets 429",
+    )
+    request_seconds: float = Field(
+        default=600.0, gt=0, le=86400, description="how long a request may take in all; then 504"
+    )
     max_prompt_bytes: int = Field(default=1 << 17, ge=1, le=1 << 26, description="longest prompt")
     max_tokens: int = Field(default=1 << 14, ge=1, le=1 << 24, description="most tokens that a request may ask for")
     default_budget: float = Field(default=1.0, gt=0, le=1, description="compute budget of requests that state none")
     stall_seconds: float = Field(
-        default=60.0, gt=0, description="an engine step longer than this makes the server unhealthy"
+        default=60.0, gt=0, description="an engine step longer than this fails, and makes the server unhealthy"
     )
     shutdown_seconds: int = Field(
         default=30, ge=0, le=3600, description="how long running requests may take once the server is told to stop"

@@ -24,7 +24,7 @@ async def authenticate(request: Request, context: ContextDependency) -> ApiKey |
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     key = context.keys.find(given.strip().encode("latin-1"))  # how Starlette decoded the header's bytes
     if key is None or scheme.lower() != "bearer":
-        context.metrics.rejected.labels("unauthorized").inc()
+        context.metrics.rejected["unauthorized"].inc()
         message = "this server asks for an API key: Authorization: Bearer KEY"
         raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
     current_record.get().key = key.name
@@ -49,7 +49,7 @@ async def limit_rate(key: KeyDependency, context: ContextDependency) -> None:
         "x-ratelimit-reset-requests": f"{allowance.reset_seconds:.3f}s",
     }
     if not allowance.allowed:
-        context.metrics.rejected.labels("rate_limit").inc()
+        context.metrics.rejected["rate_limit"].inc()
         message = f"this API key may send {key.requests_per_minute} requests per minute; try again later"
         retry = {"Retry-After": str(math.ceil(allowance.retry_seconds))}
         raise ApiError(429, message, code="rate_limit_exceeded", headers=retry)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated
@@ -16,7 +15,7 @@ from service.api.context import Context, ContextDependency
 from service.api.errors import ERRORS
 from service.api.generation import Generation, Identity, Piece
 from service.api.logprobs import chat_logprobs
-from service.api.requests import check_limits, check_model, choose_grant, sampling_params
+from service.api.requests import check_limits, check_model, choose_grant, make_choices, sampling_params
 from service.api.schemas.chat import (
     DEFAULT_LENGTH,
     AssistantMessage,
@@ -69,8 +68,7 @@ def build_sequences(
     stops = body.stop if body.ignore_eos else (*body.stop, *TURN_STOPS)
     params = replace(sampling_params(body, max_tokens, stops), logprobs=body.top_logprobs if body.logprobs else None)
     check_limits(context, [prompt], body.n, params, field, prompt_field="messages")
-    grant, arrived = choose_grant(context, key, body, budget_header), time.monotonic()
-    return [Sequence(prompt, params.of_choice(choice), grant, arrived=arrived) for choice in range(body.n)]
+    return make_choices(prompt, params, body, key, choose_grant(context, key, body, budget_header))
 
 
 class ChatShape:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Annotated
@@ -17,7 +16,7 @@ from service.api.context import Context, ContextDependency
 from service.api.errors import ERRORS
 from service.api.generation import Generation, Identity, Piece
 from service.api.logprobs import LogprobsBuilder
-from service.api.requests import check_limits, check_model, choose_grant, sampling_params
+from service.api.requests import check_limits, check_model, choose_grant, make_choices, sampling_params
 from service.api.schemas.completions import DEFAULT_LENGTH, Choice, Completion, CompletionRequest
 from service.api.schemas.generation import Usage
 from service.api.schemas.prompt import Prompt
@@ -60,12 +59,8 @@ def build_sequences(
         score_prompt=body.echo and body.logprobs is not None,
     )
     check_limits(context, prompts, body.n, params, "max_tokens")
-    grant, arrived = choose_grant(context, key, body, budget_header), time.monotonic()
-    return [
-        Sequence(prompt, params.of_choice(choice), grant, arrived=arrived)
-        for prompt in prompts
-        for choice in range(body.n)
-    ]
+    given = choose_grant(context, key, body, budget_header)
+    return [choice for prompt in prompts for choice in make_choices(prompt, params, body, key, given)]
 
 
 def tokens_of(prompt: Prompt, tokenizer: ByteTokenizer) -> list[int]:

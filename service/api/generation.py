@@ -95,7 +95,7 @@ class Generation:
         """News of the choices as they come."""
         several = len(self._sequences) > 1
         async for output in self._outputs:
-            compute = output.sequence.usage(self._context.cost) if several and output.finish is not None else None
+            compute = output.sequence.usage() if several and output.finish is not None else None
             yield Piece(self._index[output.sequence], output.text, output.scores, output.finish, compute)
 
     async def _events(self, shape: Shape, *, include_usage: bool) -> AsyncIterator[str]:
@@ -135,15 +135,17 @@ class Generation:
 
     def _usage(self) -> Usage:
         """The bill, once every choice has ended."""
-        read = sum(len(sequence.prompt) for sequence in self._sequences)
+        prompts = [sequence for sequence in self._sequences if sequence.choice == 0]
+        read = sum(len(sequence.prompt) for sequence in prompts)
+        cached = sum(s.inherited for s in self._sequences if s.shared is None or s.shared.reader is s)
         generated = sum(sequence.generated for sequence in self._sequences)
         scored = any(sequence.params.score_prompt for sequence in self._sequences)
         return Usage(
             prompt_tokens=read,
             completion_tokens=generated,
             total_tokens=read + generated,
-            prompt_tokens_details=PromptTokensDetails(scored_tokens=read) if scored else None,
-            compute=total_usage(self._sequences, self._context.cost),
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached, scored_tokens=read if scored else 0),
+            compute=total_usage(self._sequences),
         )
 
 

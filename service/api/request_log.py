@@ -14,7 +14,6 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from model.cost import CostModel
 from service.api.errors import internal_error
 from service.engine.engine_thread import OutputStream
 from service.engine.sequence import Sequence, total_usage
@@ -47,23 +46,23 @@ class RequestRecord:
     """From the request's head to the end of its answer; None before that."""
     open_streams: int = 0
 
-    def follow(self, outputs: OutputStream, cost: CostModel) -> None:
+    def follow(self, outputs: OutputStream) -> None:
         """Put sequences on the bill; the log line then waits for their end, so that the bill is exact."""
         self.sequences += outputs.sequences
         self.open_streams += 1
 
         def ended() -> None:
             self.open_streams -= 1
-            self.write_if_done(cost)
+            self.write_if_done()
 
         outputs.on_end = ended
 
-    def write_if_done(self, cost: CostModel) -> None:
+    def write_if_done(self) -> None:
         """Write the line once the answer and every sequence have ended."""
         if self.seconds is not None and not self.open_streams:
-            logger.info("request", extra={"fields": self.fields(cost)})
+            logger.info("request", extra={"fields": self.fields()})
 
-    def fields(self, cost: CostModel) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         """The line's fields. Text of prompts and answers is not among them."""
         fields: dict[str, Any] = {
             "request_id": self.request_id,
@@ -74,7 +73,7 @@ class RequestRecord:
             "seconds": round(self.seconds or 0.0, 6),
         }
         if self.sequences:
-            usage = total_usage(self.sequences, cost)
+            usage = total_usage(self.sequences)
             fields |= {
                 "compute": {
                     "requested": usage.requested,
@@ -84,7 +83,7 @@ class RequestRecord:
                     "full_flops": usage.full_flops,
                     "reason": usage.reason,
                 },
-                "prompt_tokens": sum(sequence.read for sequence in self.sequences),
+                "prompt_tokens": sum(sequence.read - sequence.inherited for sequence in self.sequences),
                 "completion_tokens": sum(sequence.generated for sequence in self.sequences),
                 "finish_reasons": [sequence.finish for sequence in self.sequences],
             }
@@ -98,9 +97,8 @@ current_record: ContextVar[RequestRecord] = ContextVar("current_record")
 class RequestLog:
     """Gives each request an id (the client's ``x-request-id``, or a new one) and a log line when it has ended."""
 
-    def __init__(self, app: ASGIApp, cost: CostModel) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._cost = cost
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -133,4 +131,4 @@ class RequestLog:
         finally:
             record.route = getattr(scope.get("route"), "path", None)
             record.seconds = time.monotonic() - record.began
-            record.write_if_done(self._cost)
+            record.write_if_done()

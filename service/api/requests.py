@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Collection
 
 from service.api.context import Context
@@ -11,8 +13,11 @@ from service.api.schemas.fields import parse_budget_header
 from service.api.schemas.generation import MOST_CHOICES, GenerationRequest
 from service.engine.budget import BudgetAboveMaximumError, ComputeBudget, Grant, grant
 from service.engine.engine_thread import EngineBusyError, EngineStoppedError, OutputStream
-from service.engine.sequence import FinishReason, SamplingParams, Sequence
+from service.engine.sequence import FinishReason, SamplingParams, Sequence, SharedPrompt
 from service.keys import ApiKey
+
+LONGEST_RETRY = 60
+"""Seconds that a client is told to wait, at most."""
 
 _SCORED_PROMPTS = 2
 """How often ``max_prompt_bytes`` may be scored in one request: every position is an entry in the answer."""
@@ -69,6 +74,27 @@ def sampling_params(body: GenerationRequest, max_tokens: int, stop: Collection[s
     )
 
 
+def make_choices(
+    prompt: list[int], params: SamplingParams, body: GenerationRequest, key: ApiKey | None, given: Grant
+) -> list[Sequence]:
+    """The ``n`` choices after one prompt; it is read once for all of them."""
+    arrived = time.monotonic()
+    shared = SharedPrompt() if body.n > 1 else None
+    return [
+        Sequence(
+            prompt,
+            params.of_choice(choice),
+            given,
+            arrived=arrived,
+            priority=body.priority,
+            choice=choice,
+            shared=shared,
+            salt="" if key is None else key.name,
+        )
+        for choice in range(body.n)
+    ]
+
+
 def check_limits(
     context: Context,
     prompts: Collection[list[int]],
@@ -123,24 +149,34 @@ def admit(context: Context, sequences: Collection[Sequence]) -> OutputStream:
     """
     try:
         outputs = context.engine.open(sequences)
-    except EngineBusyError:
-        context.metrics.rejected.labels("queue_full").inc()
+    except EngineBusyError as busy:
+        context.metrics.rejected["queue_full"].inc()
         message = "the server's queue is full; try again later"
-        raise ApiError(429, message, code="queue_full", headers={"Retry-After": "1"}) from None
+        retry = min(max(1, math.ceil(busy.retry_seconds)), LONGEST_RETRY)
+        raise ApiError(429, message, code="queue_full", headers={"Retry-After": str(retry)}) from None
     except EngineStoppedError:
-        context.metrics.rejected.labels("stopping").inc()
+        context.metrics.rejected["stopping"].inc()
         raise stopping() from None
-    current_record.get().follow(outputs, context.cost)
+    current_record.get().follow(outputs)
     return outputs
 
 
 def failure(reason: FinishReason | None) -> ApiError | None:
     """The error of a request that the engine ended without an answer; None where it has one."""
-    if reason is FinishReason.ERROR:
-        return internal_error()
-    return stopping() if reason is FinishReason.ABORT else None
+    match reason:
+        case FinishReason.ERROR:
+            return internal_error()
+        case FinishReason.ABORT:
+            return stopping()
+        case FinishReason.QUEUE_TIMEOUT:
+            message = "the request waited too long for its turn; try again later"
+            return ApiError(503, message, code="queue_timeout", headers={"Retry-After": "5"})
+        case FinishReason.TIMEOUT:
+            return ApiError(504, "the request took longer than the server allows", code="timeout")
+        case _:
+            return None
 
 
 def stopping() -> ApiError:
-    """For a request that comes while the server is going down."""
-    return ApiError(503, "the server is stopping", code="stopping", headers={"Retry-After": "5"})
+    """For a request that comes while the server is going down, or while its engine is stuck."""
+    return ApiError(503, "the server takes no requests at the moment", code="stopping", headers={"Retry-After": "5"})

@@ -92,7 +92,7 @@ def assemble(
             describe(given, plan, [(piece.fires[i], piece.losses[i]) for piece in pieces], context.cost)
             for i, (given, plan) in enumerate(zip(grants, sequence.plans, strict=True))
         ],
-        usage=TilingsUsage(prompt_tokens=len(sequence.prompt), compute=sequence.usage(context.cost)),
+        usage=TilingsUsage(prompt_tokens=len(sequence.prompt), compute=sequence.usage()),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from model.cost import CostModel, Rates
@@ -18,6 +18,8 @@ class Reason(StrEnum):
     """The request asked for less than the model can do with: it runs without the trunk."""
     MAXIMUM = "maximum"
     """The request's target is above what its API key may be granted, its minimum is not: it gets the maximum."""
+    LOAD = "load"
+    """The server is busy, and the request allows less than its target."""
 
 
 class BudgetAboveMaximumError(ValueError):
@@ -57,6 +59,33 @@ class Grant:
     reason: Reason
     rates: Rates
     """Trunk fires per byte that keep it."""
+    highest: float
+    """The most that the request may be granted: its target, or the maximum of its API key."""
+    lowest: float
+    """The least that the server may lower it to under load."""
+
+    @property
+    def flexible(self) -> bool:
+        """Whether the request allows the server to lower it."""
+        return self.lowest < self.highest
+
+    @property
+    def charged(self) -> float | None:
+        """The share that its bytes are granted; None at the floor, where they get what they spend."""
+        return None if self.rates.decode <= 0.0 else self.granted
+
+    def at(self, ease: float, cost: CostModel) -> Grant:
+        """This grant where the load leaves so much of the way from ``lowest`` (0) to ``highest`` (1)."""
+        share = self.highest if ease >= 1.0 else self.lowest + ease * (self.highest - self.lowest)
+        rates = cost.rates(share)
+        floor = rates.decode <= 0.0
+        if share < self.highest:
+            reason = Reason.LOAD
+        elif floor:
+            reason = Reason.FLOOR
+        else:
+            reason = Reason.REQUESTED if share == self.requested else Reason.MAXIMUM
+        return replace(self, granted=cost.floor if floor else share, reason=reason, rates=rates)
 
 
 def grant(budget: ComputeBudget, cost: CostModel, maximum: float = 1.0) -> Grant:
@@ -67,8 +96,6 @@ def grant(budget: ComputeBudget, cost: CostModel, maximum: float = 1.0) -> Grant
     """
     if budget.minimum > maximum:
         raise BudgetAboveMaximumError(f"at most {maximum:g} may be granted here, not {budget.minimum:g}")
-    share = min(budget.target, maximum)
-    rates = cost.rates(share)
-    if rates.decode <= 0.0:
-        return Grant(budget.target, cost.floor, Reason.FLOOR, rates)
-    return Grant(budget.target, share, Reason.REQUESTED if share == budget.target else Reason.MAXIMUM, rates)
+    highest = min(budget.target, maximum)
+    unset = Grant(budget.target, highest, Reason.REQUESTED, cost.rates(highest), highest, budget.minimum)
+    return unset.at(1.0, cost)

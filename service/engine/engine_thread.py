@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
@@ -16,74 +20,122 @@ from service.engine.sequence import FinishReason, Sequence
 logger = logging.getLogger(__name__)
 
 Deliver = Callable[[Output], object]
+Flush = Callable[[], object]
 
 
 class EngineBusyError(Exception):
-    """As many requests are open as the server takes."""
+    """As much waits as the server takes.
+
+    Args:
+        retry_seconds: until there may be room.
+    """
+
+    def __init__(self, retry_seconds: float) -> None:
+        super().__init__(f"the queue is full for about {retry_seconds:.0f} s")
+        self.retry_seconds = retry_seconds
 
 
 class EngineStoppedError(Exception):
-    """The server is stopping, or its engine has died."""
+    """The server is stopping, or its engine is stuck or has died."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What is let in."""
+
+    most_open: int
+    """Sequences that may run and wait together."""
+    longest_queue: float = math.inf
+    """Seconds that a new sequence may have to wait, as far as can be foreseen."""
+    stall_seconds: float = math.inf
+    """A step longer than this has failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receiver:
+    """Where the outputs of a sequence go."""
+
+    deliver: Deliver
+    """Called for each, the last one with ``finish``."""
+    flush: Flush
+    """Called after the outputs of a step."""
 
 
 class EngineThread:
-    """Runs an engine in a thread of its own. Every method may be called from any thread.
+    """Runs an engine in a thread of its own, and watches over it. Every method may be called from any thread.
 
     Args:
-        engine: nothing else may touch it once the thread runs. max_open: sequences that may run and wait together.
+        engine: nothing else may touch it once the thread runs. admission: what is let in.
     """
 
-    def __init__(self, engine: Engine, max_open: int) -> None:
+    def __init__(self, engine: Engine, admission: Admission) -> None:
         self._engine = engine
-        self._max_open = max_open
+        self._admission = admission
         self._lock = threading.Lock()
-        self._open: dict[Sequence, Deliver] = {}
+        self._open: dict[Sequence, Receiver] = {}
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._accepting = False
         self._stop = False
         self._step_began: float | None = None
+        self._mailbox: Mailbox | None = None
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+        self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
         self._accepting = True
         self._thread.start()
+        if math.isfinite(self._admission.stall_seconds):
+            self._watchdog.start()
+
+    def drain(self) -> None:
+        """Refuse new requests; the open ones go on."""
+        with self._lock:  # whatever was accepted before stands in the inbox before anything that follows
+            self._accepting = False
+
+    def abort_all(self) -> None:
+        """End every open request before the next step."""
+        self._inbox.put(lambda: self._publish(self._engine.end_all(FinishReason.ABORT)))
 
     def stop(self) -> None:
         """Refuse new requests, end the open ones, and wait for the thread."""
-        with self._lock:  # whatever was accepted before stands in the inbox before the stop
-            self._accepting = False
-            self._inbox.put(self._request_stop)
+        self.drain()
+        self._inbox.put(self._request_stop)
         self._thread.join()
+        self._ended.set()
 
     @property
     def accepting(self) -> bool:
         """New sequences are taken, if there is room."""
-        return self._accepting and self._thread.is_alive()
+        return self._accepting and self.stalled_for() <= self._admission.stall_seconds
 
     def stalled_for(self) -> float:
         """Seconds that the step in progress has taken; infinite once the thread has ended, 0 while it waits."""
         began = self._step_began
         if not self._thread.is_alive():
-            return float("inf")
+            return math.inf
         return 0.0 if began is None else self._engine.clock() - began
 
-    def submit(self, sequences: Collection[Sequence], deliver: Deliver) -> None:
-        """Queue sequences, all or none.
+    def submit(self, sequences: Collection[Sequence], receiver: Receiver) -> None:
+        """Queue sequences, all or none; all choices of one prompt together.
 
-        ``deliver`` is called in the engine's thread, for each sequence last with an output that has ``finish``.
+        The receiver is called in the engine's thread, for each sequence last with an output that has ``finish``.
 
         Raises:
-            EngineBusyError: too many sequences are open. EngineStoppedError: no new ones are taken.
+            EngineBusyError: too much waits. EngineStoppedError: no new sequences are taken.
         """
+        for sequence in sequences:
+            sequence.reserved = self._engine.reserve(sequence)
         with self._lock:
             if not self.accepting:
                 raise EngineStoppedError
-            if len(self._open) + len(sequences) > self._max_open:
-                raise EngineBusyError
+            wait = self._engine.pace.seconds_for(sum(s.reserved for s in self._open if s.scheduled is None))
+            if len(self._open) + len(sequences) > self._admission.most_open or wait > self._admission.longest_queue:
+                raise EngineBusyError(wait)
             for sequence in sequences:
-                self._open[sequence] = deliver
-                self._inbox.put(partial(self._engine.add, sequence))
+                self._open[sequence] = receiver
+            self._inbox.put(partial(self._engine.add, tuple(sequences)))
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence before the next step; nothing happens if it has ended."""
@@ -92,7 +144,12 @@ class EngineThread:
 
     def open(self, sequences: Collection[Sequence]) -> OutputStream:
         """Submit sequences from an event loop; their outputs. Raises as :meth:`submit`."""
-        return OutputStream(self, sequences)
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            if self._mailbox is None or self._mailbox.loop is not loop:
+                self._mailbox = Mailbox(loop)
+            mailbox = self._mailbox
+        return OutputStream(self, mailbox, sequences)
 
     def check_integrity(self) -> None:
         """Assert that nothing is left of requests that ended; for a moment at which none is open."""
@@ -128,34 +185,89 @@ class EngineThread:
 
     def _publish(self, outputs: Iterable[Output | None]) -> None:
         """Deliver outputs that say something."""
+        touched: dict[Flush, None] = {}
         for output in outputs:
             if output is None or not output.news:
                 continue
             with self._lock:
                 ended = output.finish is not None
-                deliver = self._open.pop(output.sequence, None) if ended else self._open.get(output.sequence)
-            if deliver is None:
-                continue
+                receiver = self._open.pop(output.sequence, None) if ended else self._open.get(output.sequence)
+            if receiver is not None:
+                receiver.deliver(output)
+                touched[receiver.flush] = None
+        for flush in touched:
             try:
-                deliver(output)
+                flush()
             except RuntimeError:  # the receiving event loop is closed
-                logger.warning("a receiver has gone; its request ends")
-                self._engine.end(output.sequence, FinishReason.ABORT)
-                with self._lock:
-                    self._open.pop(output.sequence, None)
+                logger.warning("a receiver has gone; its requests end")
+                self._forget(flush)
+
+    def _forget(self, flush: Flush) -> None:
+        """End the sequences of a receiver that nobody reads any more."""
+        with self._lock:
+            gone = [sequence for sequence, receiver in self._open.items() if receiver.flush == flush]
+            for sequence in gone:
+                del self._open[sequence]
+        for sequence in gone:
+            self._engine.end(sequence, FinishReason.ABORT)
+
+    def _watch(self) -> None:
+        """Fail the open requests of a step that does not end, so that their clients need not wait for it."""
+        limit = self._admission.stall_seconds
+        while not self._ended.wait(min(1.0, limit / 4.0)):
+            if self._thread.is_alive() and self._open and self.stalled_for() > limit:
+                self._fail_open()
+
+    def _fail_open(self) -> None:
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        stack = "".join(traceback.format_stack(frame))
+        logger.error("a step of the engine does not end; every open request fails. It is here:\n%s", stack)
+        with self._lock:
+            failed = list(self._open)
+        for sequence in failed:  # the engine itself learns of it when, and if, the step ends
+            self._inbox.put(partial(self._engine.end, sequence, FinishReason.ERROR))
+        self._publish(Output(sequence, finish=FinishReason.ERROR) for sequence in failed)
+
+
+class Mailbox:
+    """Takes outputs from the engine's thread to one event loop, which is woken once per step and not per output."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._lock = threading.Lock()
+        self._outputs: list[tuple[Deliver, Output]] = []
+
+    def put(self, deliver: Deliver, output: Output) -> None:
+        """Have ``deliver`` called in the event loop."""
+        with self._lock:
+            self._outputs.append((deliver, output))
+
+    def flush(self) -> None:
+        """Hand over what was put.
+
+        Raises:
+            RuntimeError: the event loop is closed.
+        """
+        with self._lock:
+            outputs, self._outputs = self._outputs, []
+        self.loop.call_soon_threadsafe(self._hand_out, outputs)
+
+    @staticmethod
+    def _hand_out(outputs: list[tuple[Deliver, Output]]) -> None:
+        for deliver, output in outputs:
+            deliver(output)
 
 
 class OutputStream:
     """Iterates over the outputs of sequences in the event loop that made it; :meth:`close` it in any case."""
 
-    def __init__(self, engine: EngineThread, sequences: Collection[Sequence]) -> None:
+    def __init__(self, engine: EngineThread, mailbox: Mailbox, sequences: Collection[Sequence]) -> None:
         self.sequences = sequences
         self._engine = engine
         self._outputs: asyncio.Queue[Output] = asyncio.Queue()  # bounded by max_tokens
-        loop = asyncio.get_running_loop()
         self.on_end: Callable[[], None] | None = None
         """Called in the event loop when every sequence has ended, whether or not anybody reads the outputs."""
-        engine.submit(sequences, lambda output: loop.call_soon_threadsafe(self._receive, output))
+        engine.submit(sequences, Receiver(partial(mailbox.put, self._receive), mailbox.flush))
         self._unread = self._unfinished = len(sequences)
 
     def __aiter__(self) -> Self:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,18 +12,20 @@ from model.cost import CostModel, Flops
 from model.evaluation.tilings import TilingPlan, analyse_piece
 from model.lm import AdaptiveAttentionSystem
 from model.state import ModelState
+from service.engine.prefix_cache import PrefixCache, Snapshot, extend_key, first_key
 from service.engine.sampling import sample, score
-from service.engine.sequence import Outcome, Sequence, TokenScore
+from service.engine.sequence import Outcome, Phase, Sequence, SharedPrompt, TokenScore
 from service.engine.state_pool import StatePool
 
 
 class ModelRunner:
     """A model and the states of the sequences that it is running. For one thread."""
 
-    def __init__(self, model: AdaptiveAttentionSystem) -> None:
+    def __init__(self, model: AdaptiveAttentionSystem, prefix_cache_bytes: int = 0) -> None:
         model.config.require_bytes()
         self._model = model
         self.pool = StatePool(model)
+        self.prefixes: PrefixCache[ModelState] = PrefixCache(prefix_cache_bytes)
 
     @property
     def name(self) -> str:
@@ -33,9 +38,24 @@ class ModelRunner:
         return self._model.cost
 
     @property
-    def state_bytes(self) -> int:
-        """Bytes of all states held."""
-        return self.pool.nbytes
+    def block_size(self) -> int:
+        """Tokens of a prompt that are read at once."""
+        return self._model.config.block_size
+
+    @property
+    def state_sizes(self) -> Mapping[int, int]:
+        """Bytes of one state by the columns that it runs at."""
+        return self.pool.sizes
+
+    @property
+    def state_bytes(self) -> Mapping[str, int]:
+        """Bytes of the states that requests hold, and of those of prompts that were read before."""
+        return {"used": self.pool.used_bytes, "cached": self.prefixes.nbytes}
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes allocated for the states of generating sequences."""
+        return self.pool.buffer_bytes
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -45,24 +65,48 @@ class ModelRunner:
         self._model.prefill(tokens, state, 0.5)
         self._model.step(tokens[:, 0], state, torch.tensor([0.5], dtype=torch.float64, device=self._model.device))
 
+    def resume(self, sequence: Sequence) -> None:
+        """Before a prompt is read: start behind as many of its blocks as were read before for the same client."""
+        if not self._cacheable(sequence):
+            return
+        assert sequence.slot is not None, "a running sequence has a slot"
+        found, key = None, first_key(sequence.salt)
+        for start in range(0, len(sequence.prompt) - 1, self.block_size):  # one token at least is read, for its logits
+            sequence.prefix_key = key
+            end = start + self.block_size
+            key = extend_key(key, sequence.prompt[start:end], sequence.prompt_rate)
+            snapshot = self.prefixes.find(key) if end < len(sequence.prompt) else None
+            if snapshot is None:
+                break
+            found = snapshot
+        if found is not None:
+            self.pool.put(sequence.slot, found.state)
+            sequence.inherit(found.positions, found.last_fire)
+
     @torch.inference_mode()
     def prefill(self, sequence: Sequence) -> Outcome:
         """Read the next block of a prompt; after the last one, choose the first token if one is wanted."""
         assert sequence.slot is not None, "a running sequence has a slot"
-        end = sequence.read + self._model.config.block_size
+        end = sequence.read + self.block_size
         piece = sequence.prompt[sequence.read : end]
         tokens = torch.tensor([piece], device=self._model.device)
-        state = self.pool.alone(sequence.slot)
+        state = self.pool.alone(sequence.slot, sequence.columns)
         if sequence.plans is not None:
             return self._analyse(tokens, state, sequence.plans)
         params, rate = sequence.params, sequence.prompt_rate
-        predict = end >= len(sequence.prompt) and params.max_tokens > 0
+        last = end >= len(sequence.prompt)
+        predict = last and params.max_tokens > 0
         output = self._model.prefill(tokens, state, rate, predict=predict, score=params.score_prompt)
         heads = len(piece) if params.score_prompt else int(predict)
         logits = None if output.logits is None else output.logits.view(heads, -1)
-        token = sample(logits[-1:], [sequence])[0] if logits is not None and predict else None
+        if last and sequence.shared is not None and sequence.shared.waiting:
+            self.pool.keep_end(sequence.shared, sequence.slot, logits[-1] if logits is not None and predict else None)
+        if not last and self._cacheable(sequence):
+            self._remember(sequence, piece, state)
+        token = self._choose(logits[-1:], [sequence])[0] if logits is not None and predict else None
         following = sequence.prompt[sequence.read + 1 : end + 1] if params.score_prompt else []
         return Outcome(
+            Phase.PREFILL,
             positions=len(piece),
             flops=self._flops(len(piece), len(output.tile_ends), heads, rate),
             full_flops=self.cost.full_flops(len(piece), heads),
@@ -70,6 +114,46 @@ class ModelRunner:
             token=token,
             scores=self._score(logits, [*following, *([] if token is None else [token])], params.logprobs),
         )
+
+    @torch.inference_mode()
+    def fork(self, sequence: Sequence) -> Outcome:
+        """Start at the end of a prompt that another choice has read, and choose the first token if one is wanted."""
+        assert sequence.slot is not None, "a running sequence has a slot"
+        assert sequence.shared is not None, "another choice has read the prompt"
+        end = self.pool.end(sequence.shared)
+        self.pool.put(sequence.slot, end.state)
+        sequence.inherit(len(sequence.prompt), sequence.shared.last_fire)
+        nothing = Outcome(Phase.PREFILL, 0, Flops(), 0, scores=list(sequence.shared.scores))
+        if end.logits is None:
+            return nothing
+        logits = end.logits.unsqueeze(0)
+        (token,) = self._choose(logits, [sequence])
+        return replace(
+            nothing, token=token, scores=nothing.scores + self._score(logits, [token], sequence.params.logprobs)
+        )
+
+    def _cacheable(self, sequence: Sequence) -> bool:
+        """Whether the state of a prompt's blocks is what any reader of the same bytes at the same rate would have."""
+        whole = sequence.columns == max(self.state_sizes)
+        return self.prefixes.enabled and whole and sequence.plans is None and not sequence.params.score_prompt
+
+    def _remember(self, sequence: Sequence, piece: list[int], state: ModelState) -> None:
+        """Keep the state after a whole block of a prompt that is not its last."""
+        sequence.prefix_key = extend_key(sequence.prefix_key, piece, sequence.prompt_rate)
+        kept = state.map(lambda tensor: tensor)  # reading on replaces tensors, it does not change them
+        last_fire = int(state.router.last_fire)
+        self.prefixes.store(sequence.prefix_key, Snapshot(kept, sequence.read + len(piece), last_fire, kept.nbytes))
+
+    @staticmethod
+    def _choose(logits: Tensor, sequences: list[Sequence]) -> list[int]:
+        """One token per row.
+
+        Raises:
+            FloatingPointError: a row is not finite throughout.
+        """
+        if not bool(logits.isfinite().all()):
+            raise FloatingPointError("the model's logits are not finite")
+        return sample(logits, sequences)
 
     @staticmethod
     def _score(logits: Tensor | None, following: list[int], count: int | None) -> list[TokenScore]:
@@ -84,29 +168,49 @@ class ModelRunner:
         unit = self.cost.unit
         flops = Flops(encoder=positions * unit.encoder, density=positions * unit.density)
         # This work has no resolution to save at: what it costs is its full cost.
-        return Outcome(positions, flops, flops.total, analysis=analyse_piece(self._model, tokens, state, plans))
+        return Outcome(
+            Phase.PREFILL, positions, flops, flops.total, analysis=analyse_piece(self._model, tokens, state, plans)
+        )
 
     @torch.inference_mode()
-    def decode(self, sequences: list[Sequence]) -> list[Outcome]:
-        """Read each sequence's last token and choose the next; the trunk runs only for those that fire."""
+    def decode(self, sequences: list[Sequence]) -> list[Outcome | None]:
+        """Read each sequence's last token and choose the next; the trunk runs only for those that fire.
+
+        A sequence whose logits are not finite gets None.
+        """
+        by_slot = {sequence.slot: sequence for sequence in sequences}
+        for slot in by_slot:
+            assert slot is not None, "a running sequence has a slot"
+            self.pool.join(slot)
+        outcomes: dict[Sequence, Outcome | None] = {}
+        for arena in self.pool.arenas:
+            rows = [by_slot[slot] for slot in arena.slots]
+            outcomes.update(zip(rows, self._decode_rows(rows, arena.states), strict=True))
+        return [outcomes[sequence] for sequence in sequences]
+
+    def _decode_rows(self, sequences: list[Sequence], states: ModelState) -> list[Outcome | None]:
+        """The same for the rows of one arena."""
         device = self._model.device
-        slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
         tokens = torch.tensor([sequence.last_token for sequence in sequences], device=device)
         rates = [sequence.grant.rates.decode for sequence in sequences]
-        output = self._model.step(
-            tokens, self.pool.batch(slots), torch.tensor(rates, dtype=torch.float64, device=device)
-        )
-        chosen = sample(output.logits, sequences)
-        scores = self._score_rows(output.logits, chosen, sequences)
+        output = self._model.step(tokens, states, torch.tensor(rates, dtype=torch.float64, device=device))
+        sound = output.logits.isfinite().all(-1).tolist()
+        logits = output.logits if all(sound) else output.logits.nan_to_num()
+        chosen = sample(logits, sequences)
+        scores = self._score_rows(logits, chosen, sequences)
+        full_flops = self.cost.full_flops(1, 1)
         return [
             Outcome(
+                Phase.DECODE,
                 positions=1,
                 flops=self._flops(1, int(fired), 1, rate),
-                full_flops=self.cost.full_flops(1, 1),
+                full_flops=full_flops,
                 tile_ends=[0] if fired else [],
                 token=token,
                 scores=scores.get(row, []),
             )
+            if sound[row]
+            else None
             for row, (token, fired, rate) in enumerate(zip(chosen, output.fired.tolist(), rates, strict=True))
         ]
 
@@ -121,13 +225,24 @@ class ModelRunner:
         return {row: [one] for row, one in zip(rows, scored, strict=True)}
 
     @torch.inference_mode()
+    def resize(self, sequence: Sequence) -> None:
+        """Go on with ``sequence.columns`` of the trunk's state."""
+        assert sequence.slot is not None, "a running sequence has a slot"
+        self.pool.resize(sequence.slot, sequence.columns)
+
+    @torch.inference_mode()
     def release(self, slot: int) -> None:
         """Drop the state of a sequence that ended."""
         self.pool.release(slot)
 
+    def drop_end(self, prompt: SharedPrompt) -> None:
+        """Drop what was kept of the end of a prompt; nothing happens if nothing was."""
+        self.pool.drop_end(prompt)
+
     def check_integrity(self, slots: set[int]) -> None:
         """Assert that states are held for these slots only, and are in order."""
         self.pool.check_integrity()
+        self.prefixes.check_integrity()
         assert self.pool.held <= slots
 
     def _flops(self, positions: int, tiles: int, logits: int, rate: float) -> Flops:

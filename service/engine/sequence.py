@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from model.cost import CostModel, Flops
+from model.cost import Flops
 from model.evaluation.tilings import PieceAnalysis, TilingPlan
 from model.tokenizer import DOCUMENT
 from service.engine.budget import Grant, Reason
@@ -22,6 +22,10 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     """The client went away, or the server stopped."""
+    QUEUE_TIMEOUT = "queue_timeout"
+    """It waited too long for its turn."""
+    TIMEOUT = "timeout"
+    """It took too long in all."""
     ERROR = "error"
 
 
@@ -84,6 +88,8 @@ class ComputeUsage:
     mean_tile_bytes: float | None
     """None where the trunk never ran."""
     reason: str
+    d_state: int
+    """Columns of the trunk's state at the end; fewer than the model has where memory was short."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +106,7 @@ class TokenScore:
 class Outcome:
     """What one sequence got out of one step."""
 
+    phase: Phase
     positions: int
     """Tokens that the model read."""
     flops: Flops
@@ -116,6 +123,32 @@ class Outcome:
 
 
 @dataclass(slots=True, eq=False)
+class SharedPrompt:
+    """A prompt after which several choices are wanted: the first that runs reads it, the others start at its end."""
+
+    reader: Sequence | None = None
+    """The choice that reads it, or has read it."""
+    read: bool = False
+    waiting: int = 0
+    """Choices that have not started."""
+    last_fire: int = 0
+    columns: int = 0
+    """Both at the prompt's end."""
+    scores: list[TokenScore] = field(default_factory=list)
+    """Of the prompt, where they are asked for."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether the state at its end is still needed."""
+        return self.read and self.waiting > 0
+
+    def finish_reading(self, reader: Sequence) -> None:
+        """Note where the prompt ended."""
+        self.read = True
+        self.last_fire, self.columns = reader.last_fire, reader.columns
+
+
+@dataclass(slots=True, eq=False)
 class Sequence:
     """A prompt, what was generated, and what it cost so far."""
 
@@ -125,13 +158,31 @@ class Sequence:
     grant: Grant
     arrived: float
     """Clock time in seconds."""
+    priority: int = 0
+    """Lower ones go first."""
+    choice: int = 0
+    """Number among the choices of its prompt."""
+    shared: SharedPrompt | None = None
+    """Where the prompt has other choices."""
+    salt: str = ""
+    """Who may share states of equal prompts with whom."""
+    order: tuple[int, float, int] = (0, 0.0, 0)
+    """Its place in every queue, set by the scheduler."""
+    prefix_key: bytes = b""
+    """Of the blocks of the prompt that were read, where states of prompts are cached."""
+    reserved: int = 0
+    """Operations that it may come to, from the moment it waits."""
+    columns: int = 0
+    """Of the trunk's state, while it runs."""
     phase: Phase = Phase.PREFILL
     slot: int | None = None
     """Of the state pool, while it runs."""
     read: int = 0
     """Tokens of the prompt that the model has read."""
     positions: int = 0
-    """Tokens that the model has read."""
+    """Tokens that the state has seen."""
+    inherited: int = 0
+    """Of these, how many were read for another sequence; they are on no bill of this one."""
     last_token: int = DOCUMENT
     generated: int = 0
     finish: FinishReason | None = None
@@ -139,6 +190,10 @@ class Sequence:
     last_fire: int = 0
     flops: Flops = field(default_factory=Flops)
     full_flops: int = 0
+    allowed: float = 0.0
+    """Operations that its grants allowed for what was done."""
+    regranted: bool = False
+    """Whether the grant was ever changed."""
     scheduled: float | None = None
     first_token: float | None = None
     latest_token: float | None = None
@@ -170,10 +225,24 @@ class Sequence:
         rates = self.grant.rates
         return rates.decode if self.params.score_prompt else rates.prefill
 
+    def regrant(self, grant: Grant) -> bool:
+        """Go on with another grant; whether that changes anything."""
+        if grant == self.grant:
+            return False
+        self.grant, self.regranted = grant, True
+        return True
+
+    def inherit(self, positions: int, last_fire: int) -> None:
+        """Start from a state that has read the first ``positions`` tokens of the prompt."""
+        self.read = self.positions = self.inherited = positions
+        self.last_fire = last_fire
+
     def account(self, flops: Flops, full_flops: int) -> None:
         """Book operations that were spent on this sequence."""
         self.flops = self.flops + flops
         self.full_flops += full_flops
+        charged = self.grant.charged
+        self.allowed += flops.total if charged is None else charged * full_flops
 
     def close_tiles(self, ends: list[int]) -> list[int]:
         """Book tiles that ended at these offsets from ``positions``; their sizes in bytes."""
@@ -213,27 +282,30 @@ class Sequence:
             text += self.text.flush()
         return text
 
-    def usage(self, cost: CostModel) -> ComputeUsage:
+    def usage(self) -> ComputeUsage:
         """The bill so far."""
-        return total_usage([self], cost)
+        return total_usage([self])
 
 
-def total_usage(sequences: Collection[Sequence], cost: CostModel) -> ComputeUsage:
-    """The bill so far of sequences (at least one) that share a grant."""
+def total_usage(sequences: Collection[Sequence]) -> ComputeUsage:
+    """The bill so far of sequences (at least one) that share a request."""
     grant = next(iter(sequences)).grant
     spent_flops = sum(sequence.flops.total for sequence in sequences)
     full_flops = sum(sequence.full_flops for sequence in sequences)
     tiles = sum(sequence.tiles for sequence in sequences)
-    spent = spent_flops / full_flops if full_flops else 0.0
-    floor = grant.reason is Reason.FLOOR
+    positions = sum(sequence.positions - sequence.inherited for sequence in sequences)
+    reasons = [sequence.grant.reason for sequence in sequences]
+    lowered = any(sequence.regranted for sequence in sequences) or Reason.LOAD in reasons
+    # At the floor the share follows from how much of the request is prompt: there the head runs once, in all.
+    averaged = full_flops > 0 and (lowered or grant.charged is None)
     return ComputeUsage(
         requested=grant.requested,
-        # The head runs once per generated byte only, so the floor depends on the share of prompt in the request.
-        granted=(spent or cost.floor) if floor else grant.granted,
-        spent=spent,
+        granted=sum(sequence.allowed for sequence in sequences) / full_flops if averaged else grant.granted,
+        spent=spent_flops / full_flops if full_flops else 0.0,
         spent_flops=spent_flops,
         full_flops=full_flops,
         tiles=tiles,
-        mean_tile_bytes=sum(sequence.positions for sequence in sequences) / tiles if tiles else None,
-        reason=grant.reason.value,
+        mean_tile_bytes=positions / tiles if tiles else None,
+        reason=(Reason.LOAD if lowered else grant.reason).value,
+        d_state=min(sequence.columns for sequence in sequences),
     )

@@ -2,66 +2,179 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 from model.lm import AdaptiveAttentionSystem
 from model.state import ModelState
 
+_SMALLEST = 4
+"""Rows that an arena begins with."""
+
+
+class Arena:
+    """States of one width, one row each, without gaps: what a decoding step runs over.
+
+    Joining and leaving copy one row: the last one fills a gap. The buffer doubles when it is full and halves when three
+    quarters of it are empty, so that a row costs O(1) on average.
+    """
+
+    def __init__(self, model: AdaptiveAttentionSystem, columns: int) -> None:
+        self._model = model
+        self._columns = columns
+        self._buffer = self._allocate(_SMALLEST)
+        self._capacity = _SMALLEST
+        self._view: ModelState | None = None
+        self.slots: list[int] = []
+        """The slot of each row."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer."""
+        return self._buffer.nbytes
+
+    @property
+    def states(self) -> ModelState:
+        """The rows, sharing memory with the buffer; the same object until a row comes or goes."""
+        if self._view is None:
+            self._view = self._buffer.first(len(self.slots))
+        return self._view
+
+    def add(self, slot: int, state: ModelState) -> None:
+        """Copy the state of one sequence into a new row."""
+        if len(self.slots) == self._capacity:
+            self._reallocate(2 * self._capacity)
+        self._buffer.copy_row_(len(self.slots), state, 0)
+        self.slots.append(slot)
+        self._view = None
+
+    def take(self, slot: int) -> ModelState:
+        """Remove the row of a slot; a copy of it."""
+        row = self.slots.index(slot)
+        state = self._buffer.gather(torch.tensor([row], device=self._model.device))
+        self.remove(slot)
+        return state
+
+    def remove(self, slot: int) -> None:
+        """Remove the row of a slot."""
+        row, last = self.slots.index(slot), len(self.slots) - 1
+        if row < last:
+            self._buffer.copy_row_(row, self._buffer, last)
+            self.slots[row] = self.slots[last]
+        self.slots.pop()
+        self._view = None
+        if self._capacity > _SMALLEST and len(self.slots) <= self._capacity // 4:
+            self._reallocate(self._capacity // 2)
+
+    def _allocate(self, rows: int) -> ModelState:
+        return self._model.allocate_state(rows, d_state=self._columns)
+
+    def _reallocate(self, capacity: int) -> None:
+        grown = self._allocate(capacity)
+        grown.first(len(self.slots)).copy_(self._buffer.first(len(self.slots)))
+        self._buffer, self._capacity = grown, capacity
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEnd:
+    """Where several choices start."""
+
+    state: ModelState
+    """Of one sequence; not changed."""
+    logits: Tensor | None
+    """[V] after the prompt's last token; None where no token is wanted."""
+
 
 class StatePool:
-    """States by slot: alone while a prompt is read, together in one batch while tokens are generated.
-
-    The batch stays as it is from step to step and is rebuilt only when a sequence joins or leaves, so that the states,
-    the largest thing that generation touches, are not copied at every step.
-    """
+    """States by slot: alone while a prompt is read, in the arena of their width while tokens are generated."""
 
     def __init__(self, model: AdaptiveAttentionSystem) -> None:
         self._model = model
         self._alone: dict[int, ModelState] = {}
-        self._slots: list[int] = []
-        self._batch: ModelState | None = None
-        self.bytes_per_sequence = model.allocate_state(1).nbytes
+        self._widths: dict[int, int] = {}
+        self._ends: dict[Hashable, PromptEnd] = {}
+        self._arenas = {columns: Arena(model, columns) for columns in model.config.d_state_levels}
+        self.sizes = {n: model.allocate_state(1, d_state=n).nbytes for n in model.config.d_state_levels}
+        """Bytes of one state by its columns."""
 
     @property
     def held(self) -> set[int]:
         """Slots that have a state."""
-        return {*self._alone, *self._slots}
+        return set(self._widths)
 
     @property
-    def nbytes(self) -> int:
+    def used_bytes(self) -> int:
         """Bytes of all states."""
-        return self.bytes_per_sequence * len(self.held)
+        widths = [*self._widths.values(), *(int(end.state.columns) for end in self._ends.values())]
+        return sum(self.sizes[columns] for columns in widths)
 
-    def alone(self, slot: int) -> ModelState:
-        """The state of one sequence, by itself; a new one if the slot has none."""
-        assert slot not in self._slots, "a sequence does not go back to reading its prompt"
-        if slot not in self._alone:
-            self._alone[slot] = self._model.allocate_state(1)
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the buffers of all arenas, whether or not they hold states."""
+        return sum(arena.nbytes for arena in self._arenas.values())
+
+    @property
+    def arenas(self) -> list[Arena]:
+        """Those that hold rows, the widest first."""
+        return [arena for _, arena in sorted(self._arenas.items(), reverse=True) if arena.slots]
+
+    def alone(self, slot: int, columns: int) -> ModelState:
+        """The state of one sequence, by itself; a new one with so many columns if the slot has none."""
+        if slot not in self._widths:
+            self._alone[slot] = self._model.allocate_state(1, d_state=columns)
+            self._widths[slot] = columns
         return self._alone[slot]
 
-    def batch(self, slots: list[int]) -> ModelState:
-        """The states of ``slots``, one row each: those in the batch so far, in their order, then those that join it."""
-        joining = slots[len(self._slots) :]
-        assert slots[: len(self._slots)] == self._slots, "sequences join at the end and leave by release"
-        if joining:
-            parts = [] if self._batch is None else [self._batch]
-            self._batch = ModelState.concatenate([*parts, *(self._alone.pop(slot) for slot in joining)])
-            self._slots = list(slots)
-        assert self._batch is not None, "a batch has at least one sequence"
-        return self._batch
+    def put(self, slot: int, state: ModelState) -> None:
+        """Give an empty slot a state of one sequence: a copy of its structure; its tensors are shared."""
+        assert slot not in self._widths, "the slot is empty"
+        self._alone[slot] = state.map(lambda tensor: tensor)
+        self._widths[slot] = int(state.columns)
+
+    def join(self, slot: int) -> None:
+        """Move a state into its arena, unless it is there."""
+        if slot in self._alone:
+            self._arenas[self._widths[slot]].add(slot, self._alone.pop(slot))
+
+    def resize(self, slot: int, columns: int) -> None:
+        """Go on with so many columns; nothing happens to a slot that has no state yet."""
+        if slot not in self._widths or self._widths[slot] == columns:
+            return
+        joined = slot not in self._alone
+        state = self._arenas[self._widths[slot]].take(slot) if joined else self._alone.pop(slot)
+        self._model.resize_state_space(state, columns)
+        self._widths[slot] = columns
+        if joined:
+            self._arenas[columns].add(slot, state)
+        else:
+            self._alone[slot] = state
+
+    def keep_end(self, prompt: Hashable, slot: int, logits: Tensor | None) -> None:
+        """Keep the state of a slot, which is alone, as the end of a prompt."""
+        self._ends[prompt] = PromptEnd(self._alone[slot].map(lambda tensor: tensor), logits)
+
+    def end(self, prompt: Hashable) -> PromptEnd:
+        """The end that was kept of a prompt."""
+        return self._ends[prompt]
+
+    def drop_end(self, prompt: Hashable) -> None:
+        """Forget the end of a prompt, if it is kept."""
+        self._ends.pop(prompt, None)
 
     def release(self, slot: int) -> None:
         """Drop the state of a slot, if it has one."""
-        self._alone.pop(slot, None)
-        if slot in self._slots:
-            rows = [row for row, other in enumerate(self._slots) if other != slot]
-            index = torch.tensor(rows, dtype=torch.int64, device=self._model.device)
-            self._batch = self._batch.gather(index) if self._batch is not None and rows else None
-            self._slots.remove(slot)
+        columns = self._widths.pop(slot, None)
+        if columns is not None and self._alone.pop(slot, None) is None:
+            self._arenas[columns].remove(slot)
 
     def check_integrity(self) -> None:
-        """Assert that no slot is in two places and that the batch has one row per slot."""
-        assert len(set(self._slots)) == len(self._slots)
-        assert not set(self._slots) & set(self._alone)
-        rows = 0 if self._batch is None else self._batch.router.positions.shape[0]
-        assert rows == len(self._slots)
+        """Assert that every slot is in one place, at its width."""
+        rows = [slot for arena in self._arenas.values() for slot in arena.slots]
+        assert sorted([*rows, *self._alone]) == sorted(self._widths)
+        for columns, arena in self._arenas.items():
+            assert arena.states.columns.tolist() == [columns] * len(arena.slots)
+            assert all(self._widths[slot] == columns for slot in arena.slots)
+        assert all(state.columns.tolist() == [self._widths[slot]] for slot, state in self._alone.items())

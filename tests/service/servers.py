@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 import httpx
 import torch
-import uvicorn
 
 from model.config import ModelConfig
 from model.lm import AdaptiveAttentionSystem
 from service.api.context import Context
 from service.app import create_app
 from service.keys import Keyring
-from service.server import ServerConfig
+from service.server import Server, ServerConfig
 from service.settings import Settings
 
 TINY = ModelConfig(
@@ -87,7 +86,7 @@ def serving(
     """Serve ``model`` over HTTP as ``rheostat serve`` does, on a free port or on ``listener``."""
     chosen = Settings(port=0, **{"shutdown_seconds": 5} | settings)
     app = create_app(chosen, model, keys or Keyring([]))
-    server = uvicorn.Server(ServerConfig(app, chosen))
+    server = Server(ServerConfig(app, chosen), app.state.context.engine)
     thread = threading.Thread(target=server.run, args=([listener] if listener else None,))
     thread.start()
     while not server.started:

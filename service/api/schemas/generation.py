@@ -12,6 +12,7 @@ from service.engine.sequence import ComputeUsage
 
 MOST_CHOICES = 128
 LARGEST = 1 << 31
+MOST_PRIORITY = 100
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {
@@ -69,6 +70,8 @@ class GenerationRequest(Request):
     """Answer with server-sent events."""
     stream_options: StreamOptions | None = None
     """Only with `stream`."""
+    priority: int = Field(default=0, ge=-MOST_PRIORITY, le=MOST_PRIORITY)
+    """Requests with a lower one go first; among equals the server shares its compute fairly."""
     compute_budget: Budget | None = Field(default=None, examples=[0.5, {"target": 0.6, "min": 0.3}])
     """The share of full-resolution FLOPs that the request may spend: a number in (0, 1], or an object with target and
     min. The server's default if absent."""
@@ -88,6 +91,8 @@ class GenerationRequest(Request):
 class PromptTokensDetails(ApiModel):
     """More about the prompt."""
 
+    cached_tokens: int
+    """Prompt tokens whose states were kept from an earlier request; they cost nothing and are on no bill."""
     scored_tokens: int
     """Prompt tokens that were scored: read by the causal rule, with the head at every position."""
 
@@ -96,10 +101,9 @@ class Usage(ApiModel):
     """What a request used, all its choices together."""
 
     prompt_tokens: int
-    """Tokens read, the separator that begins every prompt included; once for every choice."""
+    """Tokens of the prompts, the separator that begins each included; choices of a prompt share them."""
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails | None = Field(default=None, exclude_if=lambda value: value is None)
-    """Present where a prompt was scored."""
+    prompt_tokens_details: PromptTokensDetails
     compute: ComputeUsage
     """What was asked for, granted and spent."""

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.engine.engine import Engine, Output
-from service.engine.engine_thread import EngineBusyError, EngineStoppedError, EngineThread
+from service.engine.engine import Output
+from service.engine.engine_thread import Admission, EngineBusyError, EngineStoppedError, EngineThread, Receiver
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import FinishReason, Sequence
-from service.metrics import Metrics
-from tests.service.engine.fakes import FakeRunner, make_sequence
+from tests.service.engine.fakes import COST, FakeRunner, make_engine, make_sequence
 
 
 class GatedRunner(FakeRunner):
@@ -26,7 +25,16 @@ class GatedRunner(FakeRunner):
         return super().prefill(sequence)
 
 
-class Receiver:
+def make_thread(runner: FakeRunner, **admission: float) -> EngineThread:
+    engine, _ = make_engine(runner, time.monotonic, slots=1)
+    return EngineThread(engine, Admission(2, **admission))
+
+
+def no_flush() -> None:
+    pass
+
+
+class Collector:
     """Collects outputs, and lets a test wait for the last."""
 
     def __init__(self) -> None:
@@ -51,7 +59,7 @@ def runner() -> GatedRunner:
 
 @pytest.fixture
 def thread(runner: GatedRunner) -> Iterator[EngineThread]:
-    thread = EngineThread(Engine(runner, Scheduler(1), Metrics("fake"), time.monotonic), max_open=2)
+    thread = make_thread(runner)
     thread.start()
     yield thread
     runner.gate.set()
@@ -61,29 +69,29 @@ def thread(runner: GatedRunner) -> Iterator[EngineThread]:
 
 def test_outputs_arrive_in_order_and_end_once(thread: EngineThread, runner: GatedRunner) -> None:
     runner.gate.set()
-    receiver = Receiver()
-    thread.submit([make_sequence(max_tokens=4)], receiver)
+    receiver = Collector()
+    thread.submit([make_sequence(max_tokens=4)], Receiver(receiver, no_flush))
     assert receiver.reason() is FinishReason.LENGTH
     assert "".join(output.text for output in receiver.outputs) == "aaaa"
 
 
 def test_more_open_requests_than_allowed_are_refused_until_one_ends(thread: EngineThread, runner: GatedRunner) -> None:
-    receivers = [Receiver(), Receiver()]
+    receivers = [Collector(), Collector()]
     for receiver in receivers:
-        thread.submit([make_sequence()], receiver)
+        thread.submit([make_sequence()], Receiver(receiver, no_flush))
     with pytest.raises(EngineBusyError):
-        thread.submit([make_sequence()], Receiver())
+        thread.submit([make_sequence()], Receiver(Collector(), no_flush))
     runner.gate.set()
     assert [receiver.reason() for receiver in receivers] == [FinishReason.LENGTH] * 2
-    late = Receiver()
-    thread.submit([make_sequence()], late)
+    late = Collector()
+    thread.submit([make_sequence()], Receiver(late, no_flush))
     assert late.reason() is FinishReason.LENGTH
 
 
 def test_cancelling_ends_running_and_waiting_sequences(thread: EngineThread, runner: GatedRunner) -> None:
-    sequences, receivers = [make_sequence(prompt=9), make_sequence()], [Receiver(), Receiver()]
+    sequences, receivers = [make_sequence(prompt=9), make_sequence()], [Collector(), Collector()]
     for sequence, receiver in zip(sequences, receivers, strict=True):
-        thread.submit([sequence], receiver)
+        thread.submit([sequence], Receiver(receiver, no_flush))
     for sequence in sequences:
         thread.cancel(sequence)
     runner.gate.set()
@@ -92,33 +100,33 @@ def test_cancelling_ends_running_and_waiting_sequences(thread: EngineThread, run
 
 
 def test_stopping_ends_what_is_open_and_refuses_what_comes(runner: GatedRunner) -> None:
-    thread = EngineThread(Engine(runner, Scheduler(1), Metrics("fake"), time.monotonic), max_open=2)
+    thread = make_thread(runner)
     thread.start()
-    receiver = Receiver()
-    thread.submit([make_sequence(prompt=100)], receiver)
+    receiver = Collector()
+    thread.submit([make_sequence(prompt=100)], Receiver(receiver, no_flush))
     threading.Timer(0.1, runner.gate.set).start()
     thread.stop()
     assert receiver.reason() is FinishReason.ABORT
     with pytest.raises(EngineStoppedError):
-        thread.submit([make_sequence()], Receiver())
+        thread.submit([make_sequence()], Receiver(Collector(), no_flush))
     assert thread.stalled_for() == float("inf")
 
 
 def test_a_receiver_that_has_gone_ends_its_request_only(thread: EngineThread, runner: GatedRunner) -> None:
-    def gone(_: Output) -> None:
+    def gone() -> None:
         raise RuntimeError("Event loop is closed")
 
-    thread.submit([make_sequence(max_tokens=50)], gone)
-    stays = Receiver()
-    thread.submit([make_sequence()], stays)
+    thread.submit([make_sequence(max_tokens=50)], Receiver(lambda _: None, gone))
+    stays = Collector()
+    thread.submit([make_sequence()], Receiver(stays, no_flush))
     runner.gate.set()
     assert stays.reason() is FinishReason.LENGTH
 
 
 def test_a_step_in_progress_shows_as_stalled(thread: EngineThread, runner: GatedRunner) -> None:
     assert thread.stalled_for() == 0.0
-    receiver = Receiver()
-    thread.submit([make_sequence()], receiver)
+    receiver = Collector()
+    thread.submit([make_sequence()], Receiver(receiver, no_flush))
     while thread.stalled_for() == 0.0:
         time.sleep(0.001)
     runner.gate.set()
@@ -136,10 +144,58 @@ def test_a_fault_outside_the_model_ends_open_requests_and_the_thread_lives(
 
     runner.gate.set()
     monkeypatch.setattr(Scheduler, "schedule", fail)
-    receiver = Receiver()
-    thread.submit([make_sequence()], receiver)
+    receiver = Collector()
+    thread.submit([make_sequence()], Receiver(receiver, no_flush))
     assert receiver.reason() is FinishReason.ERROR
     monkeypatch.undo()
-    again = Receiver()
-    thread.submit([make_sequence()], again)
+    again = Collector()
+    thread.submit([make_sequence()], Receiver(again, no_flush))
     assert again.reason() is FinishReason.LENGTH
+
+
+def test_a_step_that_does_not_end_fails_its_requests_and_the_engine_recovers(runner: GatedRunner) -> None:
+    thread = make_thread(runner, stall_seconds=0.2)
+    thread.start()
+    stuck, waits = Collector(), Collector()
+    thread.submit([make_sequence()], Receiver(stuck, no_flush))
+    thread.submit([make_sequence()], Receiver(waits, no_flush))
+    assert [stuck.reason(), waits.reason()] == [FinishReason.ERROR] * 2
+    assert not thread.accepting
+    with pytest.raises(EngineStoppedError):
+        thread.submit([make_sequence()], Receiver(Collector(), no_flush))
+    runner.gate.set()
+    while not thread.accepting:
+        time.sleep(0.001)
+    again = Collector()
+    thread.submit([make_sequence()], Receiver(again, no_flush))
+    assert again.reason() is FinishReason.LENGTH
+    thread.stop()
+    thread.check_integrity()
+
+
+def test_a_request_that_would_wait_too_long_is_refused_with_an_estimate(runner: GatedRunner) -> None:
+    engine, _ = make_engine(runner, time.monotonic, slots=1)
+    engine.pace.worked(flops=COST.full_flops(1, 0), seconds=2.0)  # two seconds a token
+    thread = EngineThread(engine, Admission(100, longest_queue=15.0))
+    thread.start()
+    first, second = Collector(), Collector()
+    thread.submit([make_sequence(prompt=10, max_tokens=0)], Receiver(first, no_flush))
+    with pytest.raises(EngineBusyError) as refused:
+        thread.submit([make_sequence(prompt=1, max_tokens=0)], Receiver(second, no_flush))
+    assert refused.value.retry_seconds == pytest.approx(20.0)
+    runner.gate.set()
+    assert first.reason() is FinishReason.LENGTH
+    thread.stop()
+
+
+def test_draining_refuses_what_comes_and_finishes_what_is_open(runner: GatedRunner) -> None:
+    thread = make_thread(runner)
+    thread.start()
+    open_one = Collector()
+    thread.submit([make_sequence()], Receiver(open_one, no_flush))
+    thread.drain()
+    with pytest.raises(EngineStoppedError):
+        thread.submit([make_sequence()], Receiver(Collector(), no_flush))
+    runner.gate.set()
+    assert open_one.reason() is FinishReason.LENGTH
+    thread.stop()

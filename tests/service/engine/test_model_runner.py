@@ -17,7 +17,7 @@ import model.ops
 from numba.core.dispatcher import Dispatcher
 from service.engine.engine import Engine
 from service.engine.model_runner import ModelRunner
-from service.engine.scheduler import Scheduler
+from service.engine.scheduler import Limits, Scheduler
 from service.metrics import Metrics
 from tests.service.engine.fakes import make_sequence
 from tests.service.servers import tiny_model
@@ -33,13 +33,13 @@ assert not any(compiled().values())
 runner.warm_up()
 warm = compiled()
 assert warm["block_rows"] == warm["mixer_rows"] == warm["density_rows"] == warm["plan_block"] == 1, warm
-engine = Engine(runner, Scheduler(5), Metrics("tiny"), time.monotonic)
+limits = Limits.for_states(runner.state_sizes, running=5, block_size=runner.block_size)
+engine = Engine(runner, Scheduler(limits, runner.state_sizes), Metrics("tiny"), time.monotonic)
 sequences = [
     make_sequence(prompt, max_tokens, budget)
     for prompt, max_tokens, budget in [(1, 30, 1.0), (63, 9, 0.6), (64, 20, 0.4), (200, 5, 0.01), (130, 12, 0.8)]
 ]
-for sequence in sequences:
-    engine.add(sequence)
+engine.add(sequences)
 while not engine.idle:
     engine.step()
 assert all(sequence.finish is not None for sequence in sequences)

@@ -1,0 +1,78 @@
+"""How busy the engine is: how far flexible requests are lowered, and how long a new one would wait.
+
+Plain Python, no clock: every method is told the time in seconds.
+"""
+
+from __future__ import annotations
+
+_HORIZON = 5.0
+"""Seconds of work, and the requests ended in them, over which averages reach back."""
+
+
+class LoadControl:
+    """Lowers what flexible requests are granted while others wait, in steps, and raises it again with hysteresis.
+
+    One step down for every ``patience`` seconds in which some request has waited longer than that; one step up after
+    ``CALM`` times that long in which none has waited a quarter of it.
+    """
+
+    STEPS = (1.0, 0.75, 0.5, 0.25, 0.0)
+    """How much of the way from the least to the most that a request allows it is granted."""
+    CALM = 4.0
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
+        self._step = 0
+        self._since = 0.0
+        """When the present spell of pressure or calm began, or last moved a step."""
+        self._pressed: bool | None = None
+
+    @property
+    def ease(self) -> float:
+        """The present step: 1 grants what is asked for, 0 the least."""
+        return self.STEPS[self._step]
+
+    def update(self, now: float, longest_wait: float) -> bool:
+        """Take note of how long the request that waits longest has waited; whether ``ease`` has changed."""
+        pressed = None
+        if longest_wait > self._patience:
+            pressed = True
+        elif longest_wait < self._patience / 4.0:
+            pressed = False
+        if pressed is not self._pressed:
+            # The first step down is taken at once: the wait itself was the spell.
+            self._pressed, self._since = pressed, now if pressed is not True else now - self._patience
+        if pressed is None:
+            return False
+        spell = self._patience if pressed else self._patience * self.CALM
+        target = self._step + (1 if pressed else -1)
+        if now - self._since < spell or not 0 <= target < len(self.STEPS):
+            return False
+        self._step, self._since = target, now
+        return True
+
+
+class Pace:
+    """Operations per second of work, and what share of its reserve a request comes to in the end."""
+
+    def __init__(self) -> None:
+        self._flops = self._seconds = 0.0
+        self._used = self._reserved = 0.0
+
+    def worked(self, flops: int, seconds: float) -> None:
+        """Take note of a step."""
+        keep = max(0.0, 1.0 - seconds / _HORIZON)
+        self._flops = keep * self._flops + flops
+        self._seconds = keep * self._seconds + seconds
+
+    def ended(self, used: int, reserved: int) -> None:
+        """Take note of a request that has ended by itself."""
+        self._used = 0.9 * self._used + used
+        self._reserved = 0.9 * self._reserved + reserved
+
+    def seconds_for(self, reserved: int) -> float:
+        """How long work takes for which so many operations were reserved; 0 while nothing is known."""
+        if self._flops <= 0.0:
+            return 0.0
+        share = self._used / self._reserved if self._reserved else 1.0
+        return reserved * share * self._seconds / self._flops
