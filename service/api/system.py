@@ -49,8 +49,8 @@ async def live(context: ContextDependency) -> Health:
 @health_router.get("/health/ready", responses=ERRORS)
 async def ready(context: ContextDependency) -> Health:
     """Whether new requests should be sent here."""
-    _check_open(context)
     _check_progress(context)
+    _check_open(context)
     return Health()
 
 

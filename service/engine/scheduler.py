@@ -103,13 +103,18 @@ class Scheduler:
     def schedule(self) -> Batch:
         """Start waiting sequences for which there is room, and pick the work of the next step."""
         batch = Batch()
+        blocked = False
         for sequence in tuple(self.waiting):
             shared = sequence.shared
             if shared is not None and shared.reader is not None and not shared.read:
                 continue
-            if not (self._free and self._make_room(sequence, batch)):
-                break
-            self._start(sequence, batch)
+            # Behind one that does not fit only those may start for whose sake memory is held.
+            if blocked and not (shared is not None and shared.read):
+                continue
+            if self._free and self._make_room(sequence, batch):
+                self._start(sequence, batch)
+            else:
+                blocked = True
         batch.decode = [sequence for sequence in self.running if sequence.phase is Phase.DECODE]
         if not batch.decode:
             self._debt = 0.0

@@ -60,7 +60,7 @@ def test_choices_scores_and_bills(client: openai.OpenAI) -> None:
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     assert all(len(choice.logprobs.token_logprobs) == 3 + 6 for choice in answer.choices)
     assert answer.usage.compute["spent_flops"] == sum(choice.compute["spent_flops"] for choice in answer.choices)
-    assert answer.usage.prompt_tokens_details.scored_tokens == answer.usage.prompt_tokens == 16
+    assert answer.usage.prompt_tokens_details.scored_tokens == answer.usage.prompt_tokens == 8
 
 
 MESSAGES = [{"role": "user", "content": "hi"}]

@@ -57,7 +57,7 @@ def test_usage_is_the_sum_of_the_choices_and_of_the_counters(server: Running, bu
     assert grown == [
         usage["prompt_tokens"], usage["completion_tokens"], compute["spent_flops"], compute["full_flops"]
     ]  # fmt: skip
-    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (2 * 4 + 2 * 13, 36)
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (4 + 13, 36)
     for name in ("spent_flops", "full_flops", "tiles"):
         assert compute[name] == sum(bill[name] for bill in bills)
     assert compute["spent"] == compute["spent_flops"] / compute["full_flops"]
@@ -90,15 +90,15 @@ def test_choices_stream_side_by_side_and_end_once_each(server: Running) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_one_choice_that_fails_ends_them_all(server: Running, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    prefill, calls = ModelRunner.prefill, []
+    fork, calls = ModelRunner.fork, []
 
-    def fail_third(self: ModelRunner, sequence: object) -> object:
+    def fail_second(self: ModelRunner, sequence: object) -> object:
         calls.append(sequence)
-        if len(calls) == 3:
+        if len(calls) == 2:
             raise RuntimeError("planted")
-        return prefill(self, sequence)
+        return fork(self, sequence)
 
-    monkeypatch.setattr(ModelRunner, "prefill", fail_third)
+    monkeypatch.setattr(ModelRunner, "fork", fail_second)
     body = {"prompt": "x", "n": 4, "max_tokens": 200, "ignore_eos": True, "stream": stream}
     answer = server.client.post("/v1/completions", json=body)
     if stream:

@@ -137,9 +137,9 @@ def test_scoring_without_generating(server: Running) -> None:
 
 
 def test_usage_shows_where_a_prompt_was_scored(server: Running) -> None:
-    assert scored(server, ["abc", "de"])["usage"]["prompt_tokens_details"] == {"scored_tokens": 7}
-    assert "prompt_tokens_details" not in scored(server, "abc", echo=False)["usage"]
-    assert "prompt_tokens_details" not in scored(server, "abc", logprobs=None)["usage"]
+    assert scored(server, ["abc", "de"])["usage"]["prompt_tokens_details"]["scored_tokens"] == 7
+    for fields in ({"echo": False}, {"logprobs": None}):
+        assert scored(server, "abc", **fields)["usage"]["prompt_tokens_details"]["scored_tokens"] == 0
 
 
 def test_offsets_point_at_the_character_of_each_token(server: Running) -> None:

@@ -178,13 +178,16 @@ def test_a_request_that_would_wait_too_long_is_refused_with_an_estimate(runner: 
     engine.pace.worked(flops=COST.full_flops(1, 0), seconds=2.0)  # two seconds a token
     thread = EngineThread(engine, Admission(100, longest_queue=15.0))
     thread.start()
-    first, second = Collector(), Collector()
-    thread.submit([make_sequence(prompt=10, max_tokens=0)], Receiver(first, no_flush))
+    runs, waits = Collector(), Collector()
+    thread.submit([running := make_sequence(max_tokens=0)], Receiver(runs, no_flush))
+    while running.scheduled is None:
+        time.sleep(0.001)
+    thread.submit([make_sequence(prompt=10, max_tokens=0)], Receiver(waits, no_flush))
     with pytest.raises(EngineBusyError) as refused:
-        thread.submit([make_sequence(prompt=1, max_tokens=0)], Receiver(second, no_flush))
+        thread.submit([make_sequence(prompt=1, max_tokens=0)], Receiver(Collector(), no_flush))
     assert refused.value.retry_seconds == pytest.approx(20.0)
     runner.gate.set()
-    assert first.reason() is FinishReason.LENGTH
+    assert [runs.reason(), waits.reason()] == [FinishReason.LENGTH] * 2
     thread.stop()
 
 
