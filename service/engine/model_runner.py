@@ -18,7 +18,6 @@ class ModelRunner:
     """A model and the states of the sequences that it is running. For one thread."""
 
     def __init__(self, model: AdaptiveAttentionSystem) -> None:
-        model.config.require_bytes()
         self._model = model
         self.pool = StatePool(model)
 
