@@ -15,6 +15,7 @@ import uvicorn
 
 from model.config import ModelConfig
 from model.lm import AdaptiveAttentionSystem
+from model.tokenizer import Tokenizer
 from service.api.context import Context
 from service.app import create_app
 from service.keys import Keyring
@@ -82,11 +83,12 @@ def serving(
     model: AdaptiveAttentionSystem,
     keys: Keyring | None = None,
     listener: socket.socket | None = None,
+    tokenizer: Tokenizer | None = None,
     **settings: object,
 ) -> Iterator[Running]:
     """Serve ``model`` over HTTP as ``rheostat serve`` does, on a free port or on ``listener``."""
     chosen = Settings(port=0, **{"shutdown_seconds": 5} | settings)
-    app = create_app(chosen, model, keys or Keyring([]))
+    app = create_app(chosen, model, keys or Keyring([]), tokenizer)
     server = uvicorn.Server(ServerConfig(app, chosen))
     thread = threading.Thread(target=server.run, args=([listener] if listener else None,))
     thread.start()
