@@ -11,6 +11,7 @@ from fastapi import APIRouter, Header, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
+from model.tokenizer import Tokenizer
 from service.api.auth import KeyDependency
 from service.api.context import Context, ContextDependency
 from service.api.errors import ERRORS
@@ -49,7 +50,7 @@ async def create_chat_completion(
 ) -> Response:
     """Generate the assistant's next message within a compute budget; streamed on request."""
     sequences = build_sequences(context, key, body, x_compute_budget)
-    shape = ChatShape(Identity.new("chatcmpl", context.model_name), logprobs=body.logprobs)
+    shape = ChatShape(Identity.new("chatcmpl", context.model_name), context.tokenizer, logprobs=body.logprobs)
     return await Generation(context, sequences).respond(request, body, shape)
 
 
@@ -70,14 +71,18 @@ def build_sequences(
     params = replace(sampling_params(body, max_tokens, stops), logprobs=body.top_logprobs if body.logprobs else None)
     check_limits(context, [prompt], body.n, params, field, prompt_field="messages")
     grant, arrived = choose_grant(context, key, body, budget_header), time.monotonic()
-    return [Sequence(prompt, params.of_choice(choice), grant, arrived=arrived) for choice in range(body.n)]
+    return [
+        Sequence(prompt, params.of_choice(choice), grant, arrived=arrived, tokenizer=context.tokenizer)
+        for choice in range(body.n)
+    ]
 
 
 class ChatShape:
     """OpenAI's chat completion objects."""
 
-    def __init__(self, identity: Identity, *, logprobs: bool) -> None:
+    def __init__(self, identity: Identity, tokenizer: Tokenizer, *, logprobs: bool) -> None:
         self._identity = identity
+        self._tokenizer = tokenizer
         self._logprobs = logprobs
         self._begun: set[int] = set()
 
@@ -119,7 +124,7 @@ class ChatShape:
         )
 
     def _scores(self, piece: Piece) -> ChatLogprobs | None:
-        return chat_logprobs(piece.scores) if self._logprobs else None
+        return chat_logprobs(piece.scores, self._tokenizer) if self._logprobs else None
 
     def _chunk(self, choices: list[ChunkChoice], usage: Usage | None = None) -> ChatChunk:
         identity = self._identity

@@ -16,7 +16,7 @@ from model.cost import CostModel
 from model.evaluation.tilings import PieceAnalysis, TilingPlan
 from model.ops.tiling import Bytes, Floats
 from service.api.context import Context, ContextDependency
-from service.api.errors import ERRORS, ApiError
+from service.api.errors import ERRORS
 from service.api.generation import respond_whole
 from service.api.requests import admit, check_length, check_model, failure
 from service.api.schemas.tilings import (
@@ -40,10 +40,7 @@ async def create_tilings(request: Request, body: TilingsRequest, context: Contex
     """Density, features, tiles and costs of a text at one or more budgets; nothing is generated."""
     check_model(context, body.model)
     tokens = context.tokenizer.encode(body.text)
-    check_length(context, "text", len(tokens) - 1)
-    if len(tokens) - 1 > LONGEST_TEXT:
-        message = f"text: at most {LONGEST_TEXT} bytes are analysed, not {len(tokens) - 1}"
-        raise ApiError(400, message, param="text", code="context_length_exceeded")
+    check_length(context, "text", tokens, LONGEST_TEXT)
     grants = [grant(ComputeBudget.exactly(budget), context.cost) for budget in body.budgets]
     causal = body.rule == "online"
     rates = [given.rates.decode if causal else given.rates.prefill for given in grants]
@@ -52,6 +49,7 @@ async def create_tilings(request: Request, body: TilingsRequest, context: Contex
         SamplingParams(max_tokens=0),
         grant(ComputeBudget.exactly(1.0), context.cost),
         arrived=time.monotonic(),
+        tokenizer=context.tokenizer,
         plans=tuple(TilingPlan(rate, causal) for rate in rates),
     )
     outputs = admit(context, [sequence])
