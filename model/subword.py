@@ -75,7 +75,8 @@ class SubwordTokenizer(Tokenizer):
     def tokens(self, text: str) -> list[int]:
         """The tokens of ``text`` alone."""
         text.encode("utf-8")  # the library would raise another error
-        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        # Unlike encode, this lets other threads run meanwhile, and keeps no offsets.
+        ids: list[int] = self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
     def begin(self, tokens: Sequence[int], *, text: bool) -> list[int]:

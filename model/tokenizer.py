@@ -13,7 +13,10 @@ VOCAB_SIZE = 257
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back. Immutable, so one instance serves every thread."""
+    """Text to token ids and back. Immutable, so one instance serves every thread.
+
+    A long text may take a second to cut into subwords: not on an event loop.
+    """
 
     vocab_size: int
     """The model's: ids are 0 to this, not included. Some may stand for nothing."""

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Request
 from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from model.tokenizer import Tokenizer
@@ -49,21 +50,21 @@ async def create_chat_completion(
     x_compute_budget: Annotated[str | None, Header(description="A compute budget, as JSON; the body wins.")] = None,
 ) -> Response:
     """Generate the assistant's next message within a compute budget; streamed on request."""
-    sequences = build_sequences(context, key, body, x_compute_budget)
+    check_model(context, body.model)
+    prompt = await run_in_threadpool(context.tokenizer.encode, render(body.messages))
+    sequences = build_sequences(context, key, body, prompt, x_compute_budget)
     shape = ChatShape(Identity.new("chatcmpl", context.model_name), context.tokenizer, logprobs=body.logprobs)
     return await Generation(context, sequences).respond(request, body, shape)
 
 
 def build_sequences(
-    context: Context, key: ApiKey | None, body: ChatRequest, budget_header: str | None
+    context: Context, key: ApiKey | None, body: ChatRequest, prompt: list[int], budget_header: str | None
 ) -> list[Sequence]:
     """The engine's form of a request: ``n`` sequences.
 
     Raises:
-        ApiError: a field is out of the server's or the key's limits, or the model is not the one that is served.
+        ApiError: a field is out of the server's or the key's limits.
     """
-    check_model(context, body.model)
-    prompt = context.tokenizer.encode(render(body.messages))
     field, length = body.length
     max_tokens = min(DEFAULT_LENGTH, context.settings.max_tokens) if length is None else length
     # The template's stop strings are the end of an answer, which ignore_eos asks to go past.

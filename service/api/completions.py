@@ -9,6 +9,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Request
 from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from model.tokenizer import Tokenizer
@@ -38,7 +39,7 @@ async def create_completion(
 ) -> Response:
     """Generate text after one or several prompts within a compute budget; streamed on request."""
     check_model(context, body.model)
-    prompts = [read_prompt(context, prompt) for prompt in body.prompt]
+    prompts = await run_in_threadpool(lambda: [read_prompt(context, prompt) for prompt in body.prompt])
     sequences = build_sequences(context, key, body, [tokens for tokens, _ in prompts], x_compute_budget)
     shown = [tokens[0] if sent and body.echo else None for tokens, sent in prompts]
     shape = CompletionShape(Identity.new("cmpl", context.model_name), body, context.tokenizer, shown)

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from model.adaptive.density import FEATURES
@@ -39,7 +40,7 @@ router = APIRouter(tags=["analysis"])
 async def create_tilings(request: Request, body: TilingsRequest, context: ContextDependency) -> Response:
     """Density, features, tiles and costs of a text at one or more budgets; nothing is generated."""
     check_model(context, body.model)
-    tokens = context.tokenizer.encode(body.text)
+    tokens = await run_in_threadpool(context.tokenizer.encode, body.text)
     check_length(context, "text", tokens, LONGEST_TEXT)
     grants = [grant(ComputeBudget.exactly(budget), context.cost) for budget in body.budgets]
     causal = body.rule == "online"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
 
 from service.api.context import ContextDependency
 from service.api.errors import ERRORS
@@ -16,7 +17,7 @@ router = APIRouter(tags=["tokens"], responses=ERRORS)
 async def tokenize(body: TokenizeRequest, context: ContextDependency) -> Tokenized:
     """The token ids of a text, as a prompt begins them."""
     check_model(context, body.model)
-    tokens = context.tokenizer.tokens(body.prompt)
+    tokens = await run_in_threadpool(context.tokenizer.tokens, body.prompt)
     if body.add_special_tokens:
         tokens = context.tokenizer.begin(tokens, text=True)
     check_length(context, "prompt", tokens)
