@@ -317,6 +317,6 @@ def run_convert(arguments: argparse.Namespace) -> int:
     print(
         f"{config.name}: {config.encoder_layers} + {config.trunk_layers} + {config.decoder_layers} layers "
         f"(encoder, trunk, decoder) at {arguments.output}. At full budget it equals the source; "
-        "lower budgets need training first."
+        "it is not adapted to lower ones."
     )
     return 0

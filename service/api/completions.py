@@ -76,8 +76,11 @@ def read_prompt(context: Context, prompt: Prompt) -> tuple[list[int], bool]:
     Raises:
         ApiError: 400, an id is none of the model's.
     """
-    sent = context.tokenizer.tokens(prompt) if isinstance(prompt, str) else list(prompt)
-    check_ids(context, "prompt", sent)
+    if isinstance(prompt, str):
+        sent = context.tokenizer.tokens(prompt)
+    else:
+        sent = list(prompt)
+        check_ids(context, "prompt", sent)
     tokens = context.tokenizer.begin(sent, text=isinstance(prompt, str))
     return tokens, len(tokens) == len(sent)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2ForCausalLM
 from model.checkpoint import load_checkpoint, load_tokenizer
 from model.config import ModelConfig
 from model.convert import convert
+from model.evaluation.strict import StrictEvaluation
 from model.lm import AdaptiveAttentionSystem
 from model.tokenizer import Tokenizer
 from service.app import create_app
@@ -108,6 +110,21 @@ def test_scores_are_those_of_transformers(server: Running, source: Mamba2ForCaus
         names = [tokenizer.token_name(token) for token in best.indices.tolist()]
         assert [top[name] for name in names] == pytest.approx(best.values.tolist(), abs=1e-4)
     assert choice["text"].startswith(PROMPT)
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.8, 0.01])
+def test_scores_are_those_of_the_strict_evaluation(
+    server: Running, folders: tuple[Mamba2ForCausalLM, Path], tokenizer: Tokenizer, budget: float
+) -> None:
+    text = PROMPT * 8
+    evaluation = StrictEvaluation(load_checkpoint(folders[1]), [budget], tokenizer)
+    evaluation.add(text.encode())
+    score = evaluation.scores[0]
+    ids = [tokenizer.start, *tokenizer.tokens(text)]
+    choice = server.complete(prompt=ids, max_tokens=0, echo=True, logprobs=0, compute_budget=budget)["choices"][0]
+    bits = -sum(choice["logprobs"]["token_logprobs"][1:]) / math.log(2)
+    assert bits == pytest.approx(score.bits, rel=1e-5)
+    assert score.bytes == len(text.encode()) > len(ids)
 
 
 def test_stepping_equals_transformers(folders: tuple[Mamba2ForCausalLM, Path]) -> None:
