@@ -53,6 +53,7 @@ def main() -> None:
     arguments = parser.parse_args()
     set_threads(arguments.threads)
     model = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
+    ByteTokenizer().require_vocabulary(model.config.name, model.config.vocab_size)
     budgets = sorted({1.0, *map(float, arguments.budgets.split(","))}, reverse=True)
     prompt = sample_text(arguments.prompt_bytes)
     for budget in budgets:  # compiles and allocates

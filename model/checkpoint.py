@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -13,15 +13,31 @@ from safetensors.torch import load_file, save_file
 
 from model.config import ModelConfig, StrictModel
 from model.lm import AdaptiveAttentionSystem
+from model.subword import SubwordError, SubwordTokenizer
+from model.tokenizer import ByteTokenizer, Tokenizer
 
 EMBEDDED_CHECKPOINT = Path(__file__).parent / "weights" / "rheostat-small"
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
+"""Only where tokens are no bytes."""
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, or of another shape."""
+
+
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class SpecialTokens(StrictModel):
+    """What a ``tokenizer.json`` does not say."""
+
+    start: TokenId
+    """Begins a sequence where the tokenizer puts nothing in front."""
+    ends: tuple[TokenId, ...]
+    """End a generation."""
 
 
 class CheckpointConfig(StrictModel):
@@ -29,6 +45,8 @@ class CheckpointConfig(StrictModel):
 
     format: Literal[1] = 1
     model: ModelConfig
+    special_tokens: SpecialTokens | None = None
+    """Of the tokenizer beside the weights; None where tokens are bytes."""
     provenance: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """How the weights came to be; for people, nothing reads it."""
 
@@ -69,12 +87,37 @@ def load_checkpoint(folder: Path, device: str | torch.device = "cpu") -> Adaptiv
     return model.to(device).eval().requires_grad_(False)
 
 
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint: the file beside the weights, or bytes where there is none.
+
+    Raises:
+        CheckpointError: the file is missing, unusable or superfluous, or the vocabulary is not that of bytes.
+    """
+    config, path = read_config(folder), folder / TOKENIZER_FILE
+    special, model = config.special_tokens, config.model
+    if special is None and path.exists():
+        raise CheckpointError(f"{folder / CONFIG_FILE}: special_tokens is missing, which {TOKENIZER_FILE} needs")
+    try:
+        if special is not None:
+            return SubwordTokenizer.read(path, model.vocab_size, special.start, special.ends)
+        tokenizer = ByteTokenizer()
+        tokenizer.require_vocabulary(model.name, model.vocab_size)
+    except SubwordError as error:
+        raise CheckpointError(str(error)) from error
+    except ValueError as error:
+        raise CheckpointError(f"{error}, and there is no {path} to read others") from error
+    return tokenizer
+
+
 def save_checkpoint(
-    model: AdaptiveAttentionSystem, folder: Path, provenance: Mapping[str, str | int | float | bool] | None = None
+    model: AdaptiveAttentionSystem,
+    folder: Path,
+    provenance: Mapping[str, str | int | float | bool] | None = None,
+    special_tokens: SpecialTokens | None = None,
 ) -> None:
-    """Write a checkpoint; each file appears whole or not at all."""
+    """Write a checkpoint, without its tokenizer; each file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = CheckpointConfig(model=model.config, provenance=dict(provenance or {}))
+    config = CheckpointConfig(model=model.config, special_tokens=special_tokens, provenance=dict(provenance or {}))
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     partial = folder / f"{WEIGHTS_FILE}.partial"
     save_file(weights, partial)

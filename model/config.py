@@ -77,15 +77,6 @@ class ModelConfig(StrictModel):
             raise ValueError(f"dt_limits = {self.dt_limits} must be at least 0, and rise")
         return self
 
-    def require_bytes(self) -> None:
-        """Assure that the tokens are bytes and a separator, as everything that reads or writes text here expects.
-
-        Raises:
-            ValueError: another vocabulary.
-        """
-        if self.vocab_size != VOCAB_SIZE:
-            raise ValueError(f"{self.name}: vocab_size = {self.vocab_size} must be {VOCAB_SIZE} to read bytes")
-
     @property
     def projected(self) -> bool:
         """Whether projections stand between the outer width and the trunk's."""

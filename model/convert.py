@@ -20,12 +20,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, save_checkpoint
+from model.checkpoint import (
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    SpecialTokens,
+    save_checkpoint,
+)
 from model.config import ModelConfig, Positive, StrictModel
 from model.lm import AdaptiveAttentionSystem
+from model.subword import SubwordError, SubwordTokenizer
 
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
-TOKENIZER_FILE = "tokenizer.json"
+GENERATION_FILE = "generation_config.json"
 
 
 def _plain_float(value: object) -> object:
@@ -86,10 +94,47 @@ def read_source_config(folder: Path) -> SourceConfig:
     except OSError as error:
         raise CheckpointError(f"no model at {folder}: {error.strerror} ({path.name})") from error
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"])) or "file"
-        got = f" (got {first['input']!r})" if first["loc"] else ""
-        raise CheckpointError(f"{path}: {key}: {first['msg']}{got}") from error
+        raise _invalid(path, error) from error
+
+
+def _invalid(path: Path, error: ValidationError) -> CheckpointError:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"])) or "file"
+    got = f" (got {first['input']!r})" if first["loc"] else ""
+    return CheckpointError(f"{path}: {key}: {first['msg']}{got}")
+
+
+class SourceTokens(StrictModel):
+    """The keys of a ``generation_config.json`` or ``config.json`` that say where sequences begin and end."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+
+
+def read_special_tokens(folder: Path) -> SpecialTokens:
+    """Where sequences of a Hugging Face folder begin and end: as transformers' ``generate`` finds it.
+
+    ``generation_config.json`` decides where there is one, else ``config.json``. Without a token that begins sequences,
+    one that ends them does.
+
+    Raises:
+        CheckpointError: a file is damaged, or has neither token.
+    """
+    path = folder / GENERATION_FILE
+    path = path if path.exists() else folder / CONFIG_FILE
+    try:
+        found = SourceTokens.model_validate_json(path.read_bytes())
+        ids = found.eos_token_id
+        ends = () if ids is None else (ids,) if isinstance(ids, int) else ids
+        if found.bos_token_id is None and not ends:
+            raise CheckpointError(f"{path}: one of bos_token_id and eos_token_id must be set")
+        return SpecialTokens(start=ends[0] if found.bos_token_id is None else found.bos_token_id, ends=ends)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except ValidationError as error:
+        raise _invalid(path, error) from error
 
 
 def convert_config(
@@ -229,16 +274,31 @@ def convert(
     """Write a checkpoint at ``output`` from the Hugging Face folder ``source``; ``tokenizer.json`` is kept beside it.
 
     Raises:
-        CheckpointError: the source is incomplete, damaged, or no Mamba-2 that the model can hold.
+        CheckpointError: the source is incomplete, damaged, or no Mamba-2 that the model can hold, or its tokenizer is
+            none that can be served.
     """
     found = read_source_config(source)
     chosen = name or re.sub(r"[^A-Za-z0-9._-]+", "-", source.resolve().name).lstrip("._-")[:64] or "converted"
     config = convert_config(found, chosen, encoder_layers, decoder_layers)
+    special = _check_tokenizer(source, config)
     model = convert_weights(config, read_weights(source), conv_bias=found.use_conv_bias)
-    save_checkpoint(model, output, {"converted_from": source.name, "layers": found.num_hidden_layers})
-    if (source / TOKENIZER_FILE).exists():
+    save_checkpoint(model, output, {"converted_from": source.name, "layers": found.num_hidden_layers}, special)
+    if special is not None:
         shutil.copyfile(source / TOKENIZER_FILE, output / TOKENIZER_FILE)
     return config
+
+
+def _check_tokenizer(source: Path, config: ModelConfig) -> SpecialTokens | None:
+    """What serving the source's ``tokenizer.json`` needs; None where there is none."""
+    path = source / TOKENIZER_FILE
+    if not path.exists():
+        return None
+    special = read_special_tokens(source)
+    try:
+        SubwordTokenizer.read(path, config.vocab_size, special.start, special.ends)
+    except SubwordError as error:
+        raise CheckpointError(str(error)) from error
+    return special
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -257,6 +317,6 @@ def run_convert(arguments: argparse.Namespace) -> int:
     print(
         f"{config.name}: {config.encoder_layers} + {config.trunk_layers} + {config.decoder_layers} layers "
         f"(encoder, trunk, decoder) at {arguments.output}. At full budget it equals the source; "
-        "lower budgets need training first."
+        "it is not adapted to lower ones."
     )
     return 0

@@ -12,7 +12,7 @@ from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
 from model.lm import AdaptiveAttentionSystem
-from model.tokenizer import ByteTokenizer
+from model.tokenizer import ByteTokenizer, Tokenizer
 from service.api import chat, completions, system, tilings, tokens
 from service.api.auth import authenticate, limit_rate
 from service.api.body_limit import BodyLimit
@@ -31,11 +31,18 @@ from service.settings import Settings
 _CORS_HEADERS = ["Authorization", "Content-Type", "X-Compute-Budget", "X-Request-Id"]
 
 
-def create_app(settings: Settings, model: AdaptiveAttentionSystem, keys: Keyring) -> FastAPI:
+def create_app(
+    settings: Settings, model: AdaptiveAttentionSystem, keys: Keyring, tokenizer: Tokenizer | None = None
+) -> FastAPI:
     """An app that serves ``model`` to those who have one of ``keys``, or to all if there are none.
 
-    Its engine runs between the app's startup and shutdown.
+    Its engine runs between the app's startup and shutdown. Tokens are bytes unless ``tokenizer`` says otherwise.
+
+    Raises:
+        ValueError: the model's vocabulary is not the tokenizer's.
     """
+    tokenizer = tokenizer or ByteTokenizer()
+    tokenizer.require_vocabulary(model.config.name, model.config.vocab_size)
     metrics = Metrics(model.config.name, model.config.d_state_levels)
     thread = _make_engine(settings, model, metrics)
 
@@ -53,7 +60,7 @@ def create_app(settings: Settings, model: AdaptiveAttentionSystem, keys: Keyring
         engine=thread,
         metrics=metrics,
         cost=model.cost,
-        tokenizer=ByteTokenizer(),
+        tokenizer=tokenizer,
         model_name=model.config.name,
         adapted=model.config.adapted,
         started=int(time.time()),

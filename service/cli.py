@@ -75,9 +75,10 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run_serve(arguments: argparse.Namespace) -> int:
     # Imported here: the other commands need no web server.
-    from model.checkpoint import load_checkpoint
+    from model.checkpoint import load_checkpoint, load_tokenizer
     from model.device import choose_device, set_threads
     from service.app import create_app
+    from service.engine.budget import NOT_ADAPTED
     from service.keys import load_keys
     from service.logs import configure_logs
     from service.server import Server, ServerConfig
@@ -88,13 +89,14 @@ def _run_serve(arguments: argparse.Namespace) -> int:
     configure_logs(settings.log_format)
     set_threads(settings.threads)
     device = choose_device(settings.device)
+    tokenizer = load_tokenizer(settings.checkpoint)
     model = load_checkpoint(settings.checkpoint, device)
     access = f"API keys: {len(keys)}" if len(keys) else "no API keys: open to all who reach it"
     logger = logging.getLogger(__name__)
     logger.info("serving %s on %s, %s", model.config.name, device, access)
     if not model.config.adapted:
-        logger.warning("%s was not adapted to budgets below 1: they are kept, but answers get worse", model.config.name)
-    app = create_app(settings, model, keys)
+        logger.warning("%s: %s", model.config.name, NOT_ADAPTED)
+    app = create_app(settings, model, keys, tokenizer)
     Server(ServerConfig(app, settings), app.state.context.engine).run()
     return 0
 

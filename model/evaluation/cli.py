@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from model.checkpoint import EMBEDDED_CHECKPOINT, load_checkpoint
+from model.checkpoint import EMBEDDED_CHECKPOINT, load_checkpoint, load_tokenizer
 from model.device import choose_device, set_threads
 from model.evaluation.strict import StrictEvaluation
 from model.training.data import read_documents
@@ -31,17 +31,19 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     set_threads(arguments.threads)
     documents = spread(read_documents(arguments.documents), arguments.max_bytes)
+    tokenizer = load_tokenizer(arguments.checkpoint)
     model = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
     asked: list[float | str] = arguments.budgets
-    evaluation = StrictEvaluation(model, [model.cost.floor if budget == FLOOR else float(budget) for budget in asked])
-    total = sum(map(len, documents))
-    with tqdm(total=total, unit="B", unit_scale=True) as bar:
+    budgets = [model.cost.floor if budget == FLOOR else float(budget) for budget in asked]
+    evaluation = StrictEvaluation(model, budgets, tokenizer)
+    with tqdm(total=sum(map(len, documents)), unit="B", unit_scale=True) as bar:
         for document in documents:
             evaluation.add(document, bar.update)
     rows = [
         {"budget": budget, "bits_per_byte": score.bits_per_byte, "flop_ratio": score.flop_ratio}
         for budget, score in zip(asked, evaluation.scores, strict=True)
     ]
+    total = evaluation.scores[0].bytes
     if arguments.json:
         name = model.config.name
         print(json.dumps({"model": name, "documents": len(documents), "bytes": total, "budgets": rows}))

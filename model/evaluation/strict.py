@@ -15,10 +15,11 @@ from model.adaptive.tiling import Pace, accrue
 from model.lm import AdaptiveAttentionSystem, Encoded
 from model.ops.tiling import Floats
 from model.state import ModelState
-from model.tokenizer import DOCUMENT
+from model.tokenizer import VOCAB_SIZE, ByteTokenizer, Tokenizer
 
 PIECE = 4096
-"""Bytes scored in one call; a multiple of every chunk size, and short enough to bound memory."""
+"""Bytes scored in one call; a multiple of every chunk size, and short enough to bound memory. Of larger vocabularies a
+block is scored."""
 
 
 @dataclass(slots=True)
@@ -45,31 +46,50 @@ class Score:
 
 
 class StrictEvaluation:
-    """Scores documents at several budgets in one pass: the encoder and the density are shared between them."""
+    """Scores documents at several budgets in one pass: the encoder and the density are shared between them.
 
-    def __init__(self, model: AdaptiveAttentionSystem, budgets: Iterable[float]) -> None:
-        model.config.require_bytes()
+    Every token is scored, the first one given the tokenizer's ``start``.
+
+    Raises:
+        ValueError: the model's vocabulary is not the tokenizer's.
+    """
+
+    def __init__(
+        self, model: AdaptiveAttentionSystem, budgets: Iterable[float], tokenizer: Tokenizer | None = None
+    ) -> None:
+        self._tokenizer = tokenizer or ByteTokenizer()
+        self._tokenizer.require_vocabulary(model.config.name, model.config.vocab_size)
+        self._piece = PIECE if model.config.vocab_size <= VOCAB_SIZE else model.config.block_size
         self.model = model
         self.scores = [Score(budget) for budget in budgets]
         self._rates = [model.cost.rates(score.budget).decode for score in self.scores]
 
     @torch.inference_mode()
     def add(self, document: bytes, progress: Callable[[int], object] = lambda _: None) -> None:
-        """Score every byte of a document given those before it; ``progress`` is called with bytes done."""
-        tokens = torch.tensor([DOCUMENT, *document], device=self.model.device).unsqueeze(0)
+        """Score every byte of a document given those before it; ``progress`` is called with bytes done.
+
+        Bytes are those that the tokenizer gives back: one that normalises texts may keep fewer.
+
+        Raises:
+            ValueError: the document is no UTF-8, which subwords need.
+        """
+        ids = self._tokenizer.tokens_of_bytes(document)
+        sizes = [len(self._tokenizer.token_bytes(token)) for token in ids]
+        tokens = torch.tensor([[self._tokenizer.start, *ids]], device=self.model.device)
         shared = self.model.allocate_state(1)
         states = [self.model.allocate_state(1) for _ in self.scores]
         adaptive = any(self.model.cost.analysed(rate) for rate in self._rates)
-        for start in range(0, len(document), PIECE):
-            inputs = tokens[:, start : start + PIECE]
-            targets = tokens[0, start + 1 : start + PIECE + 1]
-            inputs = inputs[:, : len(targets)]
+        for start in range(0, len(ids), self._piece):
+            targets = tokens[0, start + 1 : start + self._piece + 1]
+            inputs = tokens[:, start : start + len(targets)]
+            size = sum(sizes[start : start + self._piece])
             encoded = self.model.encode(inputs, shared.encoder)
             shared.encoder = encoded.states
             density = self._density(encoded, shared) if adaptive else None
             for score, rate, state in zip(self.scores, self._rates, states, strict=True):
                 self._score(score, rate, state, encoded, density, targets)
-            progress(len(targets))
+                score.bytes += size
+            progress(size)
 
     def _density(self, encoded: Encoded, state: ModelState) -> Floats:
         exit_logits = self.model.exit_head(encoded.hidden)
@@ -90,7 +110,6 @@ class StrictEvaluation:
         fired = length if fires is None else int(fires.sum())
         cost = self.model.cost
         score.bits += nats / math.log(2.0)
-        score.bytes += length
         score.fires += fired
         score.spent_flops += cost.flops(length, fired, length, length if cost.analysed(rate) else 0).total
         score.full_flops += cost.full_flops(length, length)

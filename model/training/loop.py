@@ -16,6 +16,7 @@ from tqdm import tqdm
 from model.checkpoint import load_checkpoint, read_config, save_checkpoint
 from model.config import ModelConfig
 from model.lm import AdaptiveAttentionSystem
+from model.tokenizer import ByteTokenizer
 from model.training.calibration import calibrate
 from model.training.config import TrainingConfig
 from model.training.data import Corpus
@@ -50,11 +51,13 @@ class Run:
 def train(run: Run, shape: ModelConfig, config: TrainingConfig) -> AdaptiveAttentionSystem:
     """Train a model, or go on with a stopped run, and return it.
 
-    A finished run is calibrated on the validation text. Writes a checkpoint, the state of the optimiser, and a log of
-    one JSON object per validation, to ``run.output``.
+    A finished run is calibrated on the validation text, and its model counts as adapted to reduced budgets, unless it
+    was trained at full resolution only. Writes a checkpoint, the state of the optimiser, and a log of one JSON object
+    per validation, to ``run.output``.
 
     Raises:
-        TrainingError: the output exists and ``resume`` is off, or the other way round, or the settings differ.
+        TrainingError: the output exists and ``resume`` is off, or the other way round, or the settings differ, or the
+            initial checkpoint reads subwords.
         CorpusError, CheckpointError: the text or the initial checkpoint is unusable.
         FloatingPointError: the loss is not finite.
     """
@@ -62,8 +65,10 @@ def train(run: Run, shape: ModelConfig, config: TrainingConfig) -> AdaptiveAtten
     corpus = Corpus.open(run.corpus, "train", run.weights)
     held_out = Corpus.open(run.corpus, "valid", run.weights)
     torch.manual_seed(config.seed)
+    if run.initial and read_config(run.initial).special_tokens is not None:
+        raise TrainingError(f"training reads bytes, and the tokens of {run.initial} are subwords")
     model = load_checkpoint(run.initial) if run.initial else AdaptiveAttentionSystem(shape)
-    model.config.require_bytes()
+    ByteTokenizer().require_vocabulary(model.config.name, model.config.vocab_size)
     model.requires_grad_(True).to(run.device).train()
     optimizer = AdaptiveOptimizer(model, config)
     earlier = _bytes_before(run)
@@ -92,6 +97,7 @@ def train(run: Run, shape: ModelConfig, config: TrainingConfig) -> AdaptiveAtten
     model.eval()
     if done == config.steps and not config.plain:
         calibrate(model, validation[:, :-1])
+        model.config = model.config.model_copy(update={"adapted": True})
         _save(run, model, optimizer, config, done, earlier)
     return model
 

@@ -8,8 +8,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Request
 from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
+from model.tokenizer import Tokenizer
 from service.api.auth import KeyDependency
 from service.api.context import Context, ContextDependency
 from service.api.errors import ERRORS
@@ -47,35 +49,36 @@ async def create_chat_completion(
     x_compute_budget: Annotated[str | None, Header(description="A compute budget, as JSON; the body wins.")] = None,
 ) -> Response:
     """Generate the assistant's next message within a compute budget; streamed on request."""
-    sequences = build_sequences(context, key, body, x_compute_budget)
-    shape = ChatShape(Identity.new("chatcmpl", context.model_name), logprobs=body.logprobs)
+    check_model(context, body.model)
+    prompt = await run_in_threadpool(context.tokenizer.encode, render(body.messages))
+    sequences = build_sequences(context, key, body, prompt, x_compute_budget)
+    shape = ChatShape(Identity.new("chatcmpl", context.model_name), context.tokenizer, logprobs=body.logprobs)
     return await Generation(context, sequences).respond(request, body, shape)
 
 
 def build_sequences(
-    context: Context, key: ApiKey | None, body: ChatRequest, budget_header: str | None
+    context: Context, key: ApiKey | None, body: ChatRequest, prompt: list[int], budget_header: str | None
 ) -> list[Sequence]:
     """The engine's form of a request: ``n`` sequences.
 
     Raises:
-        ApiError: a field is out of the server's or the key's limits, or the model is not the one that is served.
+        ApiError: a field is out of the server's or the key's limits.
     """
-    check_model(context, body.model)
-    prompt = context.tokenizer.encode(render(body.messages))
     field, length = body.length
     max_tokens = min(DEFAULT_LENGTH, context.settings.max_tokens) if length is None else length
     # The template's stop strings are the end of an answer, which ignore_eos asks to go past.
     stops = body.stop if body.ignore_eos else (*body.stop, *TURN_STOPS)
     params = replace(sampling_params(body, max_tokens, stops), logprobs=body.top_logprobs if body.logprobs else None)
     check_limits(context, [prompt], body.n, params, field, prompt_field="messages")
-    return make_choices(prompt, params, body, key, choose_grant(context, key, body, budget_header))
+    return make_choices(context, prompt, params, body, key, choose_grant(context, key, body, budget_header))
 
 
 class ChatShape:
     """OpenAI's chat completion objects."""
 
-    def __init__(self, identity: Identity, *, logprobs: bool) -> None:
+    def __init__(self, identity: Identity, tokenizer: Tokenizer, *, logprobs: bool) -> None:
         self._identity = identity
+        self._tokenizer = tokenizer
         self._logprobs = logprobs
         self._begun: set[int] = set()
 
@@ -117,7 +120,7 @@ class ChatShape:
         )
 
     def _scores(self, piece: Piece) -> ChatLogprobs | None:
-        return chat_logprobs(piece.scores) if self._logprobs else None
+        return chat_logprobs(piece.scores, self._tokenizer) if self._logprobs else None
 
     def _chunk(self, choices: list[ChunkChoice], usage: Usage | None = None) -> ChatChunk:
         identity = self._identity

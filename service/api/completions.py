@@ -8,15 +8,16 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Request
 from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from model.tokenizer import DOCUMENT, ByteTokenizer
+from model.tokenizer import Tokenizer
 from service.api.auth import KeyDependency
 from service.api.context import Context, ContextDependency
 from service.api.errors import ERRORS
 from service.api.generation import Generation, Identity, Piece
 from service.api.logprobs import LogprobsBuilder
-from service.api.requests import check_limits, check_model, choose_grant, make_choices, sampling_params
+from service.api.requests import check_ids, check_limits, check_model, choose_grant, make_choices, sampling_params
 from service.api.schemas.completions import DEFAULT_LENGTH, Choice, Completion, CompletionRequest
 from service.api.schemas.generation import Usage
 from service.api.schemas.prompt import Prompt
@@ -36,21 +37,22 @@ async def create_completion(
     x_compute_budget: Annotated[str | None, Header(description="A compute budget, as JSON; the body wins.")] = None,
 ) -> Response:
     """Generate text after one or several prompts within a compute budget; streamed on request."""
-    sequences = build_sequences(context, key, body, x_compute_budget)
-    shape = CompletionShape(Identity.new("cmpl", context.model_name), body)
+    check_model(context, body.model)
+    prompts = await run_in_threadpool(lambda: [read_prompt(context, prompt) for prompt in body.prompt])
+    sequences = build_sequences(context, key, body, [tokens for tokens, _ in prompts], x_compute_budget)
+    shown = [tokens[0] if sent and body.echo else None for tokens, sent in prompts]
+    shape = CompletionShape(Identity.new("cmpl", context.model_name), body, context.tokenizer, shown)
     return await Generation(context, sequences).respond(request, body, shape)
 
 
 def build_sequences(
-    context: Context, key: ApiKey | None, body: CompletionRequest, budget_header: str | None
+    context: Context, key: ApiKey | None, body: CompletionRequest, prompts: list[list[int]], budget_header: str | None
 ) -> list[Sequence]:
     """The engine's form of a request: ``n`` sequences per prompt, those of the first prompt first.
 
     Raises:
-        ApiError: a field is out of the server's or the key's limits, or the model is not the one that is served.
+        ApiError: a field is out of the server's or the key's limits.
     """
-    check_model(context, body.model)
-    prompts = [tokens_of(prompt, context.tokenizer) for prompt in body.prompt]
     most = context.settings.max_tokens
     params = replace(
         sampling_params(body, min(DEFAULT_LENGTH, most) if body.max_tokens is None else body.max_tokens, body.stop),
@@ -60,26 +62,39 @@ def build_sequences(
     )
     check_limits(context, prompts, body.n, params, "max_tokens")
     given = choose_grant(context, key, body, budget_header)
-    return [choice for prompt in prompts for choice in make_choices(prompt, params, body, key, given)]
+    return [choice for prompt in prompts for choice in make_choices(context, prompt, params, body, key, given)]
 
 
-def tokens_of(prompt: Prompt, tokenizer: ByteTokenizer) -> list[int]:
-    """The tokens of a prompt, the first one the document separator; ids that do not begin with one get it."""
+def read_prompt(context: Context, prompt: Prompt) -> tuple[list[int], bool]:
+    """The tokens of a prompt as the model reads it, and whether the first one was sent rather than put in front.
+
+    Raises:
+        ApiError: 400, an id is none of the model's.
+    """
     if isinstance(prompt, str):
-        return tokenizer.encode(prompt)
-    return list(prompt) if prompt[:1] == (DOCUMENT,) else [DOCUMENT, *prompt]
+        sent = context.tokenizer.tokens(prompt)
+    else:
+        sent = list(prompt)
+        check_ids(context, "prompt", sent)
+    tokens = context.tokenizer.begin(sent, text=isinstance(prompt, str))
+    return tokens, len(tokens) == len(sent)
 
 
 class CompletionShape:
-    """OpenAI's completion objects."""
+    """OpenAI's completion objects.
 
-    def __init__(self, identity: Identity, body: CompletionRequest) -> None:
+    Args:
+        shown: per prompt, its first token, which nothing can score, where the answer lists it.
+    """
+
+    def __init__(
+        self, identity: Identity, body: CompletionRequest, tokenizer: Tokenizer, shown: list[int | None]
+    ) -> None:
         self._identity = identity
-        separators = [body.echo and not isinstance(prompt, str) and prompt[:1] == (DOCUMENT,) for prompt in body.prompt]
         self._builders = (
             None
             if body.logprobs is None
-            else [LogprobsBuilder(separator=separator) for separator in separators for _ in range(body.n)]
+            else [LogprobsBuilder(tokenizer, first) for first in shown for _ in range(body.n)]
         )
 
     def whole(self, pieces: list[Piece], usage: Usage) -> BaseModel:

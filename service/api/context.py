@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from model.cost import CostModel
-from model.tokenizer import ByteTokenizer
+from model.tokenizer import Tokenizer
 from service.engine.engine_thread import EngineThread
 from service.keys import Keyring, RateLimiter
 from service.metrics import Metrics
@@ -25,7 +25,7 @@ class Context:
     engine: EngineThread
     metrics: Metrics
     cost: CostModel
-    tokenizer: ByteTokenizer
+    tokenizer: Tokenizer
     model_name: str
     adapted: bool
     """Whether the model was trained for budgets below 1."""

@@ -18,6 +18,7 @@ from service.api.context import Context
 from service.api.requests import admit, failure
 from service.api.schemas.generation import GenerationRequest, PromptTokensDetails, Usage
 from service.api.streaming import DONE, EventStreamResponse, event, unless_disconnected
+from service.engine.budget import NOT_ADAPTED
 from service.engine.sequence import ComputeUsage, FinishReason, Sequence, TokenScore, total_usage
 
 
@@ -140,12 +141,14 @@ class Generation:
         cached = sum(s.inherited for s in self._sequences if s.shared is None or s.shared.reader is s)
         generated = sum(sequence.generated for sequence in self._sequences)
         scored = any(sequence.params.score_prompt for sequence in self._sequences)
+        compute = total_usage(self._sequences)
         return Usage(
             prompt_tokens=read,
             completion_tokens=generated,
             total_tokens=read + generated,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached, scored_tokens=read if scored else 0),
-            compute=total_usage(self._sequences),
+            compute=compute,
+            note=None if self._context.adapted or compute.granted >= 1.0 else NOT_ADAPTED,
         )
 
 

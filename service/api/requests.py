@@ -75,7 +75,12 @@ def sampling_params(body: GenerationRequest, max_tokens: int, stop: Collection[s
 
 
 def make_choices(
-    prompt: list[int], params: SamplingParams, body: GenerationRequest, key: ApiKey | None, given: Grant
+    context: Context,
+    prompt: list[int],
+    params: SamplingParams,
+    body: GenerationRequest,
+    key: ApiKey | None,
+    given: Grant,
 ) -> list[Sequence]:
     """The ``n`` choices after one prompt; it is read once for all of them."""
     arrived = time.monotonic()
@@ -86,6 +91,7 @@ def make_choices(
             params.of_choice(choice),
             given,
             arrived=arrived,
+            tokenizer=context.tokenizer,
             priority=body.priority,
             choice=choice,
             shared=shared,
@@ -119,25 +125,45 @@ def check_limits(
         raise ApiError(400, f"{param}: at most {room} choices are made per request, not {choices}", param=param)
     limit = settings.max_prompt_bytes
     for prompt in prompts:
-        check_length(context, prompt_field, len(prompt) - 1)
-    scored = n * sum(len(prompt) - 1 for prompt in prompts) if params.score_prompt else 0
+        check_length(context, prompt_field, prompt)
+    scored = n * sum(_size(context, prompt) for prompt in prompts) if params.score_prompt else 0
     if scored > _SCORED_PROMPTS * limit:
-        message = f"logprobs: at most {_SCORED_PROMPTS * limit} prompt bytes are scored per request, not {scored}"
+        unit = context.tokenizer.unit
+        message = f"logprobs: at most {_SCORED_PROMPTS * limit} prompt {unit}s are scored per request, not {scored}"
         raise ApiError(400, message, param="logprobs", code="context_length_exceeded")
     if params.max_tokens > settings.max_tokens:
         message = f"{length}: at most {settings.max_tokens} are generated per choice, not {params.max_tokens}"
         raise ApiError(400, message, param=length)
 
 
-def check_length(context: Context, param: str, size: int) -> None:
-    """Refuse a text that is longer than the server reads.
+def check_ids(context: Context, param: str, ids: Collection[int]) -> None:
+    """Refuse ids that are none of the model's.
 
     Raises:
         ApiError: 400.
     """
-    limit = context.settings.max_prompt_bytes
+    most = context.tokenizer.vocab_size - 1
+    wrong = next((place for place, token in enumerate(ids) if not 0 <= token <= most), None)
+    if wrong is not None:
+        message = f"{param}: token ids are 0 to {most}, and the one at index {wrong} is not"
+        raise ApiError(400, message, param=param)
+
+
+def _size(context: Context, tokens: list[int]) -> int:
+    """Tokens of a prompt, without the one that begins every sequence."""
+    return len(tokens) - (tokens[:1] == [context.tokenizer.start])
+
+
+def check_length(context: Context, param: str, tokens: list[int], most: int | None = None) -> None:
+    """Refuse a text that is longer than the server reads, or than ``most`` if that is less.
+
+    Raises:
+        ApiError: 400.
+    """
+    limit = context.settings.max_prompt_bytes if most is None else min(most, context.settings.max_prompt_bytes)
+    size = _size(context, tokens)
     if size > limit:
-        message = f"{param}: at most {limit} bytes are taken, not {size}"
+        message = f"{param}: at most {limit} {context.tokenizer.unit}s are taken, not {size}"
         raise ApiError(400, message, param=param, code="context_length_exceeded")
 
 

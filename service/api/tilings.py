@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from model.adaptive.density import FEATURES
@@ -16,7 +17,7 @@ from model.cost import CostModel
 from model.evaluation.tilings import PieceAnalysis, TilingPlan
 from model.ops.tiling import Bytes, Floats
 from service.api.context import Context, ContextDependency
-from service.api.errors import ERRORS, ApiError
+from service.api.errors import ERRORS
 from service.api.generation import respond_whole
 from service.api.requests import admit, check_length, check_model, failure
 from service.api.schemas.tilings import (
@@ -39,11 +40,8 @@ router = APIRouter(tags=["analysis"])
 async def create_tilings(request: Request, body: TilingsRequest, context: ContextDependency) -> Response:
     """Density, features, tiles and costs of a text at one or more budgets; nothing is generated."""
     check_model(context, body.model)
-    tokens = context.tokenizer.encode(body.text)
-    check_length(context, "text", len(tokens) - 1)
-    if len(tokens) - 1 > LONGEST_TEXT:
-        message = f"text: at most {LONGEST_TEXT} bytes are analysed, not {len(tokens) - 1}"
-        raise ApiError(400, message, param="text", code="context_length_exceeded")
+    tokens = await run_in_threadpool(context.tokenizer.encode, body.text)
+    check_length(context, "text", tokens, LONGEST_TEXT)
     grants = [grant(ComputeBudget.exactly(budget), context.cost) for budget in body.budgets]
     causal = body.rule == "online"
     rates = [given.rates.decode if causal else given.rates.prefill for given in grants]
@@ -52,6 +50,7 @@ async def create_tilings(request: Request, body: TilingsRequest, context: Contex
         SamplingParams(max_tokens=0),
         grant(ComputeBudget.exactly(1.0), context.cost),
         arrived=time.monotonic(),
+        tokenizer=context.tokenizer,
         plans=tuple(TilingPlan(rate, causal) for rate in rates),
     )
     outputs = admit(context, [sequence])

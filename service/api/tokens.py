@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
 
 from service.api.context import ContextDependency
 from service.api.errors import ERRORS
-from service.api.requests import check_length, check_model
+from service.api.requests import check_ids, check_length, check_model
 from service.api.schemas.system import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 
 router = APIRouter(tags=["tokens"], responses=ERRORS)
@@ -14,12 +15,12 @@ router = APIRouter(tags=["tokens"], responses=ERRORS)
 
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, context: ContextDependency) -> Tokenized:
-    """The token ids of a text: its UTF-8 bytes, after the document separator."""
+    """The token ids of a text, as a prompt begins them."""
     check_model(context, body.model)
-    tokens = context.tokenizer.encode(body.prompt)
-    check_length(context, "prompt", len(tokens) - 1)
-    if not body.add_special_tokens:
-        del tokens[0]
+    tokens = await run_in_threadpool(context.tokenizer.tokens, body.prompt)
+    if body.add_special_tokens:
+        tokens = context.tokenizer.begin(tokens, text=True)
+    check_length(context, "prompt", tokens)
     return Tokenized(count=len(tokens), max_model_len=context.max_model_len, tokens=tokens)
 
 
@@ -27,5 +28,6 @@ async def tokenize(body: TokenizeRequest, context: ContextDependency) -> Tokeniz
 async def detokenize(body: DetokenizeRequest, context: ContextDependency) -> Detokenized:
     """The text of token ids."""
     check_model(context, body.model)
-    check_length(context, "tokens", len(body.tokens) - 1)
+    check_length(context, "tokens", body.tokens)
+    check_ids(context, "tokens", body.tokens)
     return Detokenized(prompt=context.tokenizer.decode(body.tokens))

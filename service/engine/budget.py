@@ -8,6 +8,9 @@ from enum import StrEnum
 
 from model.cost import CostModel, Rates
 
+NOT_ADAPTED = "this model was not adapted to budgets below 1: they are kept, but answers get worse"
+"""What is said to those who run an unadapted model at less than full budget."""
+
 
 class Reason(StrEnum):
     """Why a request was granted what it was granted."""

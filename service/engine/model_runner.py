@@ -22,7 +22,6 @@ class ModelRunner:
     """A model and the states of the sequences that it is running. For one thread."""
 
     def __init__(self, model: AdaptiveAttentionSystem, prefix_cache_bytes: int = 0) -> None:
-        model.config.require_bytes()
         self._model = model
         self.pool = StatePool(model)
         self.prefixes: PrefixCache[ModelState] = PrefixCache(prefix_cache_bytes)

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from model.cost import Flops
 from model.evaluation.tilings import PieceAnalysis, TilingPlan
-from model.tokenizer import DOCUMENT
+from model.tokenizer import ByteTokenizer, Tokenizer
 from service.engine.budget import Grant, Reason
 from service.engine.text import TextAssembler
 
@@ -49,7 +49,7 @@ class SamplingParams:
     min_p: float = 0.0
     """Drop tokens less probable than this share of the most probable one."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of bytes that the prompt or the text has (Keskar et al. 2019)."""
+    """Divides positive and multiplies negative logits of tokens that prompt or text have (Keskar et al. 2019)."""
     presence_penalty: float = 0.0
     """Taken off the logits of tokens that were generated."""
     frequency_penalty: float = 0.0
@@ -153,7 +153,7 @@ class Sequence:
     """A prompt, what was generated, and what it cost so far."""
 
     prompt: list[int]
-    """Tokens, the first one the document separator."""
+    """Tokens, as ``tokenizer`` begins them."""
     params: SamplingParams
     grant: Grant
     arrived: float
@@ -174,6 +174,8 @@ class Sequence:
     """Operations that it may come to, from the moment it waits."""
     columns: int = 0
     """Of the trunk's state, while it runs."""
+    tokenizer: Tokenizer = field(default_factory=ByteTokenizer)
+    """Of the model."""
     phase: Phase = Phase.PREFILL
     slot: int | None = None
     """Of the state pool, while it runs."""
@@ -183,7 +185,7 @@ class Sequence:
     """Tokens that the state has seen."""
     inherited: int = 0
     """Of these, how many were read for another sequence; they are on no bill of this one."""
-    last_token: int = DOCUMENT
+    last_token: int = field(init=False)
     generated: int = 0
     finish: FinishReason | None = None
     tiles: int = 0
@@ -202,15 +204,16 @@ class Sequence:
     counts: Counter[int] = field(default_factory=Counter)
     """How often each token was generated; kept where penalties need it."""
     said: set[int] = field(default_factory=set)
-    """Bytes of the prompt and tokens generated; kept where the repetition penalty needs it."""
+    """Tokens of the prompt, but for a start, and generated; kept where the repetition penalty needs it."""
     text: TextAssembler = field(init=False)
     random: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
-        prefix = bytes(token for token in self.prompt if token != DOCUMENT) if self.params.echo else b""
+        self.last_token = self.prompt[-1]
+        prefix = self.tokenizer.join(self.prompt) if self.params.echo else b""
         self.text = TextAssembler(self.params.stop, prefix)
         if self.params.repetition_penalty != 1.0:
-            self.said.update(self.prompt[1:])
+            self.said.update(self.prompt[self.prompt[0] == self.tokenizer.start :])
         # Reproducible by the client's seed; not a secret.
         self.random = random.Random(self.params.seed)  # noqa: S311
 
@@ -268,15 +271,16 @@ class Sequence:
         if self.params.penalised:
             self.counts[token] += 1
             self.said.add(token)
+        if token in self.tokenizer.ends and not self.params.ignore_eos:
+            self.finish = FinishReason.STOP
+            return self.text.flush()
         text = ""
-        if token != DOCUMENT:
-            text, stopped = self.text.push(token)
+        for byte in self.tokenizer.token_bytes(token):
+            released, stopped = self.text.push(byte)
+            text += released
             if stopped:
                 self.finish = FinishReason.STOP
                 return text
-        elif not self.params.ignore_eos:
-            self.finish = FinishReason.STOP
-            return self.text.flush()
         if self.generated >= self.params.max_tokens:
             self.finish = FinishReason.LENGTH
             text += self.text.flush()

@@ -14,6 +14,7 @@ import torch
 
 from model.config import ModelConfig
 from model.lm import AdaptiveAttentionSystem
+from model.tokenizer import Tokenizer
 from service.api.context import Context
 from service.app import create_app
 from service.keys import Keyring
@@ -81,11 +82,12 @@ def serving(
     model: AdaptiveAttentionSystem,
     keys: Keyring | None = None,
     listener: socket.socket | None = None,
+    tokenizer: Tokenizer | None = None,
     **settings: object,
 ) -> Iterator[Running]:
     """Serve ``model`` over HTTP as ``rheostat serve`` does, on a free port or on ``listener``."""
     chosen = Settings(port=0, **{"shutdown_seconds": 5} | settings)
-    app = create_app(chosen, model, keys or Keyring([]))
+    app = create_app(chosen, model, keys or Keyring([]), tokenizer)
     server = Server(ServerConfig(app, chosen), app.state.context.engine)
     thread = threading.Thread(target=server.run, args=([listener] if listener else None,))
     thread.start()

@@ -68,7 +68,7 @@ class ChatRequest(GenerationRequest):
 
     messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=LARGEST)
-    """Bytes to generate; 256, or the server's limit if that is lower."""
+    """Tokens to generate; 256, or the server's limit if that is lower."""
     max_tokens: int | None = Field(default=None, ge=1, le=LARGEST)
     """The older name of `max_completion_tokens`, which wins."""
     logprobs: bool = False
@@ -84,7 +84,7 @@ class ChatRequest(GenerationRequest):
 
     @property
     def length(self) -> tuple[str, int | None]:
-        """The field that says how many bytes to generate, and what it says; None where none does."""
+        """The field that says how many tokens to generate, and what it says; None where none does."""
         if self.max_tokens is not None and self.max_completion_tokens is None:
             return "max_tokens", self.max_tokens
         return "max_completion_tokens", self.max_completion_tokens
@@ -94,10 +94,10 @@ class TopLogprob(ApiModel):
     """A token and its log-probability."""
 
     token: str
-    """A byte from 0x80 on is part of a character and is written `bytes:\\xe2`; the separator is `<|document|>`."""
+    """A token that is no whole character is written `bytes:\\xe2`; the separator is `<|document|>`."""
     logprob: float
     bytes: list[int]
-    """The byte, none for the separator."""
+    """Its bytes, none for the separator and special tokens."""
 
 
 class TokenLogprob(TopLogprob):

@@ -29,10 +29,10 @@ class CompletionRequest(GenerationRequest):
     NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = dict(NEUTRAL) | {"prompt_logprobs": (0,), "suffix": ("",)}
 
     prompt: Prompts
-    """A string, a list of strings, a list of token ids (a byte is its own id, 256 separates documents), or a list of
-    such lists; up to 128 prompts."""
+    """A string, a list of strings, a list of token ids (a byte is its own id, 256 separates documents; a
+    converted model has the ids of its tokenizer), or a list of such lists; up to 128 prompts."""
     max_tokens: int | None = Field(default=None, ge=0, le=LARGEST)
-    """Bytes to generate; 0 only with `echo`. By default 16, or the server's limit if that is lower."""
+    """Tokens to generate; 0 only with `echo`. By default 16, or the server's limit if that is lower."""
     echo: bool = False
     """Return the prompt in front of the text."""
     logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
@@ -52,17 +52,17 @@ class CompletionRequest(GenerationRequest):
 class Logprobs(ApiModel):
     """Log-probabilities of a choice's tokens: natural logarithms, at temperature 1 and before penalties.
 
-    A byte from 0x80 on is part of a character and is written `bytes:\\xe2`; the separator is `<|document|>`.
+    A token that is no whole character is written `bytes:\\xe2`; the separator is `<|document|>`.
     """
 
     tokens: list[str]
     """Of the echoed prompt, then of every generated token, those of a stop string included."""
     token_logprobs: list[float | None]
-    """Null for a separator that begins a prompt of token ids: nothing comes before it."""
+    """Null for a first token that was sent and not put in front by the server: nothing comes before it."""
     top_logprobs: list[dict[str, float] | None]
     """The most probable tokens, and the token itself; the same token has the same number as in `token_logprobs`."""
     text_offset: list[int]
-    """The character of `text` that each token is, or is a part of."""
+    """The character of `text` that each token begins with, or in."""
 
 
 class Choice(ApiModel):

@@ -47,19 +47,19 @@ class GenerationRequest(Request):
     n: int = Field(default=1, ge=1, le=MOST_CHOICES)
     """Choices per prompt; the i-th (from 0) draws with `seed + i`."""
     temperature: float = Field(default=1.0, ge=0, le=2, allow_inf_nan=False)
-    """0 takes the most probable byte."""
+    """0 takes the most probable token."""
     top_p: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
-    """Draw from the smallest set of most probable bytes that holds this much."""
+    """Draw from the smallest set of most probable tokens that holds this much."""
     top_k: int = Field(default=0, ge=-1, le=LARGEST)
-    """Draw from so many most probable bytes; 0 or -1 from all."""
+    """Draw from so many most probable tokens; 0 or -1 from all."""
     min_p: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
-    """Drop bytes less probable than this share of the most probable one."""
+    """Drop tokens less probable than this share of the most probable one."""
     repetition_penalty: float = Field(default=1.0, ge=0.1, le=10, allow_inf_nan=False)
-    """Divides positive and multiplies negative logits of bytes that the prompt or the text has."""
+    """Divides positive and multiplies negative logits of tokens that the prompt or the text has."""
     presence_penalty: float = Field(default=0.0, ge=-2, le=2, allow_inf_nan=False)
-    """Taken off the logits of bytes that were generated."""
+    """Taken off the logits of tokens that were generated."""
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2, allow_inf_nan=False)
-    """Taken off the logits of bytes that were generated, once for each time."""
+    """Taken off the logits of tokens that were generated, once for each time."""
     seed: int | None = Field(default=None, ge=-(1 << 63), le=1 << 63)
     """The same request with the same seed gives the same text, whatever runs beside it."""
     stop: StopStrings = ()
@@ -101,9 +101,11 @@ class Usage(ApiModel):
     """What a request used, all its choices together."""
 
     prompt_tokens: int
-    """Tokens of the prompts, the separator that begins each included; choices of a prompt share them."""
+    """Tokens of the prompts, one put in front of each included; choices of a prompt share them."""
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     compute: ComputeUsage
     """What was asked for, granted and spent."""
+    note: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Present where less than full compute was granted, and the model was never trained for that."""

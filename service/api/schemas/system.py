@@ -40,7 +40,7 @@ class TokenizeRequest(Request):
 
     prompt: Text
     add_special_tokens: bool = True
-    """Begin with the document separator, 256, as every prompt does."""
+    """Begin as every prompt does: with the separator, 256, or as the tokenizer of a converted model says."""
     model: str | None = None
     """The served model; another name is a 404."""
 
@@ -67,7 +67,7 @@ class DetokenizeRequest(Request):
     tokens: Annotated[
         list[int], BeforeValidator(_parse_tokens), WithJsonSchema({"type": "array", "items": TOKEN_SCHEMA})
     ]
-    """Ids from 0 to 256; separators are left out, invalid UTF-8 becomes U+FFFD."""
+    """Ids of the model's vocabulary; special tokens are left out, invalid UTF-8 becomes U+FFFD."""
     model: str | None = None
     """The served model; another name is a 404."""
 

@@ -23,7 +23,7 @@ class TilingsRequest(Request):
     )
 
     text: Text
-    """At most 16,384 bytes of UTF-8."""
+    """At most 16,384 tokens: bytes of UTF-8, unless the model is a converted one."""
     budgets: list[Share] = Field(default=[1.0, 0.5, 0.3], min_length=1, max_length=MOST_BUDGETS)
     """Up to 8 shares of full compute."""
     rule: Literal["plan", "online"] = "plan"
@@ -83,7 +83,9 @@ class TilingsUsage(ApiModel):
 
 
 class Tilings(ApiModel):
-    """Answer of `POST /v1/tilings`. Position 0 is the document separator, position i the i-th byte of the text."""
+    """Answer of `POST /v1/tilings`. Position i is `tokens[i]`; where tokens are bytes, position 0 is the document
+    separator and position i the i-th byte of the text.
+    """
 
     object: Literal["tilings"] = "tilings"
     model: str

@@ -10,10 +10,13 @@ import torch
 
 from model.checkpoint import load_checkpoint, read_config
 from model.config import ModelConfig
+from model.convert import convert
 from model.training.config import TrainingConfig
 from model.training.data import Corpus, CorpusError
 from model.training.loop import Run, TrainingError, train
 from tests.model.shapes import SMALL
+from tests.model.subwords import write_subword_source
+from tests.model.test_convert import write_source
 
 SHAPE = ModelConfig(**{**SMALL.model_dump(), "name": "run"})
 CONFIG = TrainingConfig(
@@ -75,6 +78,35 @@ def test_a_plain_run_and_one_from_a_checkpoint(corpus: Path, tmp_path: Path) -> 
     still = CONFIG.model_copy(update={"steps": 1, "learning_rate": 1e-9, "weight_decay": 0.0})
     train(Run(corpus, tmp_path / "more", initial=tmp_path / "plain"), SHAPE, still)
     torch.testing.assert_close(weights(tmp_path / "more")["embedding.weight"], before["embedding.weight"])
+
+
+def test_a_converted_model_counts_as_adapted_once_its_training_is_finished(corpus: Path, tmp_path: Path) -> None:
+    write_source(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "converted")
+    config = CONFIG.model_copy(update={"steps": 2})
+
+    def adapted(output: str, **changes: object) -> bool:
+        run = Run(corpus, tmp_path / output, initial=tmp_path / "converted", minutes=changes.pop("minutes", None))
+        train(run, SHAPE, config.model_copy(update=changes))
+        saved = read_config(tmp_path / output).model
+        assert saved == load_checkpoint(tmp_path / output).config
+        assert saved.model_copy(update={"adapted": False}) == read_config(tmp_path / "converted").model
+        return saved.adapted
+
+    assert not read_config(tmp_path / "converted").model.adapted
+    assert not adapted("stopped", minutes=0.0)
+    assert not adapted("plain", plain=True)
+    assert adapted("finished")
+
+
+def test_subwords_are_not_trained_as_bytes(corpus: Path, tmp_path: Path) -> None:
+    write_subword_source(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "converted")
+    with pytest.raises(TrainingError, match=r"training reads bytes, and the tokens of .*converted are subwords"):
+        train(Run(corpus, tmp_path / "out", initial=tmp_path / "converted"), SHAPE, CONFIG)
+    shape = SHAPE.model_copy(update={"vocab_size": 300})
+    with pytest.raises(ValueError, match="run: vocab_size = 300 must be 257 to read bytes"):
+        train(Run(corpus, tmp_path / "out"), shape, CONFIG)
 
 
 def test_the_bytes_of_all_legs_are_counted(corpus: Path, tmp_path: Path) -> None:

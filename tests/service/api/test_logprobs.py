@@ -11,8 +11,8 @@ import torch
 from model.checkpoint import EMBEDDED_CHECKPOINT, load_checkpoint
 from model.cost import CostModel
 from model.evaluation.strict import StrictEvaluation
-from model.tokenizer import DOCUMENT
-from service.api.logprobs import TextOffsets, token_text
+from model.tokenizer import DOCUMENT, ByteTokenizer
+from service.api.logprobs import TextOffsets
 from tests.model.shapes import random_model, step_through
 from tests.service.servers import Running, serving, tiny_model
 
@@ -174,7 +174,7 @@ def test_a_stream_has_the_same_scores_in_pieces(server: Running, fields: dict[st
 
 
 def test_token_texts_are_distinct() -> None:
-    assert len({token_text(token) for token in range(257)}) == 257
+    assert len({ByteTokenizer().token_name(token) for token in range(257)}) == 257
 
 
 @pytest.mark.parametrize(
@@ -186,6 +186,6 @@ def test_token_texts_are_distinct() -> None:
 )  # fmt: skip
 def test_offsets_in_any_bytes(content: bytes, expected: list[int]) -> None:
     offsets = TextOffsets()
-    assert [offsets.place(byte) for byte in content] == expected
+    assert [offsets.place(bytes([byte])) for byte in content] == expected
     text = content.decode("utf-8", "replace")
     assert expected[-1] == len(text) - 1

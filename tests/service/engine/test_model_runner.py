@@ -4,13 +4,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
-from model.config import ModelConfig
-from model.lm import AdaptiveAttentionSystem
-from service.engine.model_runner import ModelRunner
-from tests.service.servers import TINY
-
 WORK = """
 import importlib, pkgutil, time
 import model.ops
@@ -56,9 +49,3 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert result.returncode == 0, result.stderr
-
-
-def test_a_model_of_another_vocabulary_is_refused() -> None:
-    config = ModelConfig(**{**TINY.model_dump(), "vocab_size": 300})
-    with pytest.raises(ValueError, match="tiny: vocab_size = 300 must be 257 to read bytes"):
-        ModelRunner(AdaptiveAttentionSystem(config))
