@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 
@@ -22,3 +24,8 @@ def set_threads(count: int | None) -> None:
     """CPU threads of every matrix product in this process; None leaves the choice to torch."""
     if count is not None:
         torch.set_num_threads(count)
+
+
+def core_count() -> int:
+    """CPU cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

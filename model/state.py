@@ -57,9 +57,9 @@ class Rows:
         for mine, other in zip(self.tensors(), rows.tensors(), strict=True):
             mine.index_copy_(0, index, other)
 
-    def first(self, count: int) -> Self:
-        """The first ``count`` rows, sharing memory."""
-        return self.map(lambda tensor: tensor[:count])
+    def part(self, start: int, end: int) -> Self:
+        """The rows from ``start`` up to ``end``, sharing memory."""
+        return self.map(lambda tensor: tensor[start:end])
 
     def copy_row_(self, row: int, other: Self, source: int) -> None:
         """Overwrite one row with the row ``source`` of ``other``, in place."""

@@ -11,6 +11,7 @@ from fastapi.params import Depends as Dependency
 from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
+from model.device import core_count
 from model.lm import AdaptiveAttentionSystem
 from model.tokenizer import ByteTokenizer, Tokenizer
 from service.api import chat, completions, system, tilings, tokens
@@ -72,7 +73,8 @@ def create_app(
 
 
 def _make_engine(settings: Settings, model: AdaptiveAttentionSystem, metrics: Metrics) -> EngineThread:
-    runner = ModelRunner(model, settings.prefix_cache_bytes)
+    workers = (settings.threads or core_count()) if model.device.type == "cpu" else 1
+    runner = ModelRunner(model, settings.prefix_cache_bytes, workers)
     runner.warm_up()
     limits = Limits.for_states(
         runner.state_sizes,
@@ -80,6 +82,7 @@ def _make_engine(settings: Settings, model: AdaptiveAttentionSystem, metrics: Me
         block_size=runner.block_size,
         state_bytes=settings.state_bytes,
         prefill_share=settings.prefill_share,
+        blocks=workers,
     )
     engine = Engine(
         runner,

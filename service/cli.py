@@ -76,7 +76,7 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 def _run_serve(arguments: argparse.Namespace) -> int:
     # Imported here: the other commands need no web server.
     from model.checkpoint import load_checkpoint, load_tokenizer
-    from model.device import choose_device, set_threads
+    from model.device import choose_device
     from service.app import create_app
     from service.engine.budget import NOT_ADAPTED
     from service.keys import load_keys
@@ -87,7 +87,6 @@ def _run_serve(arguments: argparse.Namespace) -> int:
     settings = Settings(**chosen)
     keys = load_keys(settings.keys_file, settings.api_key)
     configure_logs(settings.log_format)
-    set_threads(settings.threads)
     device = choose_device(settings.device)
     tokenizer = load_tokenizer(settings.checkpoint)
     model = load_checkpoint(settings.checkpoint, device)

@@ -54,7 +54,10 @@ class Settings(BaseSettings):
     checkpoint: Path = Field(default=EMBEDDED_CHECKPOINT, description="folder with config.json and model.safetensors")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes the GPU if there is one")
     threads: int | None = Field(
-        default=None, ge=1, le=1024, description="CPU threads of the model; torch's choice if unset"
+        default=None,
+        ge=1,
+        le=1024,
+        description="threads that run the model on a CPU; as many as there are cores if unset",
     )
     max_running: int = Field(default=16, ge=1, le=4096, description="sequences that hold a state at the same time")
     max_waiting: int = Field(

@@ -39,8 +39,11 @@ class Runner(Protocol):
     def resume(self, sequence: Sequence) -> None:
         """Before a prompt is read: start behind as much of it as is known already."""
 
-    def prefill(self, sequence: Sequence) -> Outcome:
-        """Read the next block of a prompt; after the last one, choose the first token if one is wanted."""
+    def prefill(self, sequences: list[Sequence]) -> list[Outcome | None]:
+        """Read the next block of each prompt; after the last one, choose the first token if one is wanted.
+
+        None for one that failed.
+        """
 
     def fork(self, sequence: Sequence) -> Outcome:
         """Start at the end of a prompt that another choice has read, and choose the first token if one is wanted."""
@@ -56,6 +59,9 @@ class Runner(Protocol):
 
     def drop_end(self, prompt: SharedPrompt) -> None:
         """Drop what was kept of the end of a prompt; nothing happens if nothing was."""
+
+    def close(self) -> None:
+        """Let go of what it runs on."""
 
     def check_integrity(self, slots: set[int]) -> None:
         """Assert that states are held for these slots only, and are in order."""
@@ -204,8 +210,8 @@ class Engine:
     def _run(self, batch: Batch) -> Ran:
         """Run the model. Where it fails, only those fail that it worked on."""
         began = self.clock()
-        ran = [self._try(self.runner.fork, sequence) for sequence in batch.fork]
-        ran += [self._try(self.runner.prefill, sequence) for sequence in batch.prefill]
+        ran = [(sequence, self._try_fork(sequence)) for sequence in batch.fork]
+        ran += zip(batch.prefill, self.runner.prefill(batch.prefill), strict=True)
         read = self.clock()
         if batch.decode:
             try:
@@ -216,13 +222,12 @@ class Engine:
             self._scheduler.charge(read - began, self.clock() - read)
         return ran
 
-    @staticmethod
-    def _try(run: Callable[[Sequence], Outcome], sequence: Sequence) -> tuple[Sequence, Outcome | None]:
+    def _try_fork(self, sequence: Sequence) -> Outcome | None:
         try:
-            return sequence, run(sequence)
+            return self.runner.fork(sequence)
         except Exception:
-            logger.exception("reading a prompt failed; its sequence ends")
-            return sequence, None
+            logger.exception("starting a choice failed; it ends")
+            return None
 
     def _postprocess(self, sequence: Sequence, outcome: Outcome | None, now: float) -> Output:
         """Book what a step did for one sequence, and end the sequence if it is done."""

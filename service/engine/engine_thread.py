@@ -169,6 +169,7 @@ class EngineThread:
                 self._publish(self._engine.end_all(FinishReason.ERROR))
             self._step_began = None
         self._publish(self._engine.end_all(FinishReason.ABORT))
+        self._engine.runner.close()
 
     def _receive(self, *, block: bool) -> None:
         """Carry out everything in the inbox; wait for the first if there is nothing else to do."""

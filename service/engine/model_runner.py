@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -16,13 +20,25 @@ from service.engine.prefix_cache import PrefixCache, Snapshot, extend_key, first
 from service.engine.sampling import sample, score
 from service.engine.sequence import Outcome, Phase, Sequence, SharedPrompt, TokenScore
 from service.engine.state_pool import StatePool
+from service.engine.workers import make_workers
+
+logger = logging.getLogger(__name__)
 
 
 class ModelRunner:
-    """A model and the states of the sequences that it is running. For one thread."""
+    """A model and the states of the sequences that it is running. For one thread.
 
-    def __init__(self, model: AdaptiveAttentionSystem, prefix_cache_bytes: int = 0) -> None:
+    Args:
+        model: on the device that it is to run on. prefix_cache_bytes: of states kept of prompts that were read.
+        workers: threads that the model runs in: prompts, and parts of a decoding batch, side by side; where there is
+            only one prompt, its matrix products. More than one make sense on a CPU only.
+    """
+
+    def __init__(self, model: AdaptiveAttentionSystem, prefix_cache_bytes: int = 0, workers: int = 1) -> None:
         self._model = model
+        self._workers = workers
+        self._executor = make_workers(workers, partial(torch.set_num_threads, 1))
+        self._lock = threading.Lock()
         self.pool = StatePool(model)
         self.prefixes: PrefixCache[ModelState] = PrefixCache(prefix_cache_bytes)
 
@@ -82,9 +98,27 @@ class ModelRunner:
             self.pool.put(sequence.slot, found.state)
             sequence.inherit(found.positions, found.last_fire)
 
+    def prefill(self, sequences: list[Sequence]) -> list[Outcome | None]:
+        """Read the next block of each prompt; after the last one, choose the first token if one is wanted.
+
+        None for one that failed; the log says why.
+        """
+        if len(sequences) > 1:
+            return list(self._executor.map(self._try_block, sequences))
+        if torch.get_num_threads() != self._workers:  # torch keeps this per thread
+            torch.set_num_threads(self._workers)
+        return [self._try_block(sequence) for sequence in sequences]
+
+    def _try_block(self, sequence: Sequence) -> Outcome | None:
+        try:
+            return self.prefill_block(sequence)
+        except Exception:
+            logger.exception("reading a prompt failed; its sequence ends")
+            return None
+
     @torch.inference_mode()
-    def prefill(self, sequence: Sequence) -> Outcome:
-        """Read the next block of a prompt; after the last one, choose the first token if one is wanted."""
+    def prefill_block(self, sequence: Sequence) -> Outcome:
+        """Read the next block of one prompt; may be called for several at a time."""
         assert sequence.slot is not None, "a running sequence has a slot"
         end = sequence.read + self.block_size
         piece = sequence.prompt[sequence.read : end]
@@ -141,7 +175,8 @@ class ModelRunner:
         sequence.prefix_key = extend_key(sequence.prefix_key, piece, sequence.prompt_rate)
         kept = state.map(lambda tensor: tensor)  # reading on replaces tensors, it does not change them
         last_fire = int(state.router.last_fire)
-        self.prefixes.store(sequence.prefix_key, Snapshot(kept, sequence.read + len(piece), last_fire, kept.nbytes))
+        with self._lock:
+            self.prefixes.store(sequence.prefix_key, Snapshot(kept, sequence.read + len(piece), last_fire, kept.nbytes))
 
     @staticmethod
     def _choose(logits: Tensor, sequences: list[Sequence]) -> list[int]:
@@ -181,12 +216,15 @@ class ModelRunner:
         for slot in by_slot:
             assert slot is not None, "a running sequence has a slot"
             self.pool.join(slot)
-        outcomes: dict[Sequence, Outcome | None] = {}
-        for arena in self.pool.arenas:
-            rows = [by_slot[slot] for slot in arena.slots]
-            outcomes.update(zip(rows, self._decode_rows(rows, arena.states), strict=True))
+        parts = [part for arena in self.pool.arenas for part in arena.parts(self._workers)]
+        rows = [[by_slot[slot] for slot in slots] for slots, _ in parts]
+        states = [state for _, state in parts]
+        others = [self._executor.submit(self._decode_rows, *part) for part in zip(rows[1:], states[1:], strict=True)]
+        results = [self._decode_rows(rows[0], states[0]), *(future.result() for future in others)]
+        outcomes = dict(zip(chain(*rows), chain(*results), strict=True))
         return [outcomes[sequence] for sequence in sequences]
 
+    @torch.inference_mode()
     def _decode_rows(self, sequences: list[Sequence], states: ModelState) -> list[Outcome | None]:
         """The same for the rows of one arena."""
         device = self._model.device
@@ -237,6 +275,10 @@ class ModelRunner:
     def drop_end(self, prompt: SharedPrompt) -> None:
         """Drop what was kept of the end of a prompt; nothing happens if nothing was."""
         self.pool.drop_end(prompt)
+
+    def close(self) -> None:
+        """Let the threads go."""
+        self._executor.shutdown(wait=False)
 
     def check_integrity(self, slots: set[int]) -> None:
         """Assert that states are held for these slots only, and are in order."""

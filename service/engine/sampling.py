@@ -18,28 +18,53 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[int]:
     """
     logits = _penalise(logits, sequences)
     tokens: list[int] = logits.argmax(-1).tolist()
-    rows = [row for row, sequence in enumerate(sequences) if sequence.params.temperature > 0.0]
-    if not rows:
-        return tokens
-    chosen = [sequences[row].params for row in rows]
-    temperature = _column([params.temperature for params in chosen])
-    top_k = _column([params.top_k or logits.shape[-1] for params in chosen])
-    uniform = _column([sequences[row].random.random() for row in rows])
+    drawing = [row for row, sequence in enumerate(sequences) if sequence.params.temperature > 0.0]
+    cut = [row for row in drawing if sequences[row].params.cut]
+    whole = [row for row in drawing if not sequences[row].params.cut]
+    for rows, draw in ((whole, _draw), (cut, _draw_cut)):
+        if rows:
+            drawn = draw(logits[rows], [sequences[row] for row in rows])
+            for row, token in zip(rows, drawn, strict=True):
+                tokens[row] = token
+    return tokens
+
+
+def _probabilities(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    """[B, V] float64, at each row's temperature."""
     # The maximum is taken off first: a tiny temperature must not overflow.
-    scores = logits[rows].double().cpu()
-    probability = ((scores - scores.amax(-1, keepdim=True)) / temperature).softmax(-1)
-    ordered, index = probability.sort(dim=-1, descending=True, stable=True)
+    scores = logits.double().cpu()
+    temperature = _column([sequence.params.temperature for sequence in sequences])
+    return ((scores - scores.amax(-1, keepdim=True)) / temperature).softmax(-1)
+
+
+def _invert(probability: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Positions [B, 1] drawn from probabilities [B, V], which need not add up to 1."""
+    total = probability.cumsum(-1)
+    uniform = _column([sequence.random.random() for sequence in sequences])
+    return torch.searchsorted(total, uniform * total[:, -1:], right=True)
+
+
+def _draw(logits: Tensor, sequences: list[Sequence]) -> list[int]:
+    """A token per row from all there are; without a sort, which would take most of the time."""
+    drawn = _invert(_probabilities(logits, sequences), sequences)
+    tokens: list[int] = drawn.clamp_max(logits.shape[-1] - 1).squeeze(-1).tolist()
+    return tokens
+
+
+def _draw_cut(logits: Tensor, sequences: list[Sequence]) -> list[int]:
+    """A token per row from the most probable ones that its parameters keep."""
+    chosen = [sequence.params for sequence in sequences]
+    top_k = _column([params.top_k or logits.shape[-1] for params in chosen])
+    ordered, index = _probabilities(logits, sequences).sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(ordered.shape[-1])
     enough = ordered >= _column([params.min_p for params in chosen]) * ordered[:, :1]
     ordered = torch.where((rank < top_k) & enough, ordered, 0.0)
     before = ordered.cumsum(-1) - ordered
     reached = _column([params.top_p for params in chosen]) * ordered.sum(-1, keepdim=True)
     kept = torch.where(before < reached, ordered, 0.0)
-    total = kept.cumsum(-1)
-    drawn = torch.searchsorted(total, uniform * total[:, -1:], right=True)
-    drawn = drawn.minimum((kept > 0).sum(-1, keepdim=True) - 1)  # rounding must not reach past the last kept token
-    for row, token in zip(rows, index.gather(-1, drawn).squeeze(-1).tolist(), strict=True):
-        tokens[row] = token
+    # Rounding must not reach past the last kept token.
+    drawn = _invert(kept, sequences).minimum((kept > 0).sum(-1, keepdim=True) - 1)
+    tokens: list[int] = index.gather(-1, drawn).squeeze(-1).tolist()
     return tokens
 
 

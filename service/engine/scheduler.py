@@ -22,6 +22,8 @@ class Limits:
     """Of the time of running streams that reading prompts may take, in (0, 1]."""
     block_size: int
     """Tokens of a prompt that are read at once."""
+    blocks: int = 1
+    """How many of them are read side by side."""
 
     @classmethod
     def for_states(
@@ -32,10 +34,12 @@ class Limits:
         block_size: int,
         state_bytes: int | None = None,
         prefill_share: float = 1.0,
+        blocks: int = 1,
     ) -> Limits:
         """Limits with room for ``running`` whole states, unless they say how much room there is."""
         whole = max(state_sizes.values())
-        return cls(running, max(running, 2) * whole if state_bytes is None else state_bytes, prefill_share, block_size)
+        room = max(running, 2) * whole if state_bytes is None else state_bytes
+        return cls(running, room, prefill_share, block_size, blocks)
 
 
 @dataclass(slots=True)
@@ -61,9 +65,9 @@ class Scheduler:
     Queues are ordered by priority, then by self-clocked fair queueing (Golestani 1994) over the operations that a
     sequence may come to: a cheap one passes expensive ones that came shortly before, and none is passed for ever.
 
-    Prompts are read one block per sequence and step, of all sequences together as much as one block at full resolution
-    costs, while the time this takes stays within ``prefill_share`` of the time of running streams. What a long block
-    takes too much is paid back by steps without any.
+    Prompts are read one block per sequence and step, of all sequences together as much as ``blocks`` blocks at full
+    resolution cost, while the time this takes stays within ``prefill_share`` of the time of running streams. What a
+    long block takes too much is paid back by steps without any.
 
     Where a state does not fit any more, the states of sequences that allow less than their target are shrunk.
 
@@ -200,14 +204,14 @@ class Scheduler:
         return self._sizes[shared.columns if shared.read else self._levels[-1]]
 
     def _choose_prompts(self, batch: Batch) -> list[Sequence]:
-        """The prompts that are read on: the first in order, and more as long as all cost no more than one block."""
+        """The prompts that are read on: the first in order, and more as long as there is work for all who read."""
         reading = [s for s in self.running if s.phase is Phase.PREFILL and s not in batch.fork]
         chosen: list[Sequence] = []
         work = 0.0
         for sequence in sorted(reading, key=_order):
             tokens = min(self.limits.block_size, len(sequence.prompt) - sequence.read)
             work += tokens * sequence.grant.granted
-            if chosen and work > self.limits.block_size:
+            if chosen and work > self.limits.block_size * self.limits.blocks:
                 break
             chosen.append(sequence)
         return chosen

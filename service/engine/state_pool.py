@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from model.lm import AdaptiveAttentionSystem
 from model.state import ModelState
 
 _SMALLEST = 4
-"""Rows that an arena begins with."""
+"""Rows that an arena begins with, and that a part of it has at least."""
 
 
 class Arena:
@@ -27,7 +28,7 @@ class Arena:
         self._columns = columns
         self._buffer = self._allocate(_SMALLEST)
         self._capacity = _SMALLEST
-        self._view: ModelState | None = None
+        self._parts: list[tuple[list[int], ModelState]] = []
         self.slots: list[int] = []
         """The slot of each row."""
 
@@ -36,12 +37,18 @@ class Arena:
         """Bytes of the buffer."""
         return self._buffer.nbytes
 
-    @property
-    def states(self) -> ModelState:
-        """The rows, sharing memory with the buffer; the same object until a row comes or goes."""
-        if self._view is None:
-            self._view = self._buffer.first(len(self.slots))
-        return self._view
+    def parts(self, most: int) -> list[tuple[list[int], ModelState]]:
+        """Slots and states, which share memory with the buffer, of up to ``most`` parts of about equal size.
+
+        The same objects until a row comes or goes, or another number is asked for. Parts have four rows at least:
+        with fewer, reading the weights once more costs more than a second core gains.
+        """
+        rows = len(self.slots)
+        count = max(1, min(most, rows // _SMALLEST))
+        if len(self._parts) != count:
+            bounds = [rows * part // count for part in range(count + 1)]
+            self._parts = [(self.slots[a:b], self._buffer.part(a, b)) for a, b in itertools.pairwise(bounds)]
+        return self._parts
 
     def add(self, slot: int, state: ModelState) -> None:
         """Copy the state of one sequence into a new row."""
@@ -49,7 +56,7 @@ class Arena:
             self._reallocate(2 * self._capacity)
         self._buffer.copy_row_(len(self.slots), state, 0)
         self.slots.append(slot)
-        self._view = None
+        self._parts = []
 
     def take(self, slot: int) -> ModelState:
         """Remove the row of a slot; a copy of it."""
@@ -65,7 +72,7 @@ class Arena:
             self._buffer.copy_row_(row, self._buffer, last)
             self.slots[row] = self.slots[last]
         self.slots.pop()
-        self._view = None
+        self._parts = []
         if self._capacity > _SMALLEST and len(self.slots) <= self._capacity // 4:
             self._reallocate(self._capacity // 2)
 
@@ -74,7 +81,7 @@ class Arena:
 
     def _reallocate(self, capacity: int) -> None:
         grown = self._allocate(capacity)
-        grown.first(len(self.slots)).copy_(self._buffer.first(len(self.slots)))
+        grown.part(0, len(self.slots)).copy_(self._buffer.part(0, len(self.slots)))
         self._buffer, self._capacity = grown, capacity
 
 
@@ -175,6 +182,6 @@ class StatePool:
         rows = [slot for arena in self._arenas.values() for slot in arena.slots]
         assert sorted([*rows, *self._alone]) == sorted(self._widths)
         for columns, arena in self._arenas.items():
-            assert arena.states.columns.tolist() == [columns] * len(arena.slots)
+            assert [n for _, states in arena.parts(1) for n in states.columns.tolist()] == [columns] * len(arena.slots)
             assert all(self._widths[slot] == columns for slot in arena.slots)
         assert all(state.columns.tolist() == [self._widths[slot]] for slot, state in self._alone.items())

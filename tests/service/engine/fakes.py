@@ -80,13 +80,19 @@ class FakeRunner:
         assert sequence.read == 0
         assert sequence.slot not in self.held
 
-    def prefill(self, sequence: Sequence) -> Outcome:
+    def prefill(self, sequences: list[Sequence]) -> list[Outcome | None]:
+        return [self.read_block(sequence) for sequence in sequences]
+
+    def close(self) -> None:
+        pass
+
+    def read_block(self, sequence: Sequence) -> Outcome | None:
         assert sequence.slot is not None
         assert sequence.phase is Phase.PREFILL
         assert self.held.setdefault(sequence.slot, sequence.columns) == sequence.columns
         self.log.append(f"prefill {sequence.slot}")
         if self.fail_prefill:
-            raise RuntimeError("planted")
+            return None
         count = min(BLOCK, len(sequence.prompt) - sequence.read)
         last = sequence.read + count == len(sequence.prompt)
         if last and sequence.shared is not None and sequence.shared.waiting:

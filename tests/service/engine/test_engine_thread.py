@@ -9,7 +9,7 @@ import pytest
 from service.engine.engine import Output
 from service.engine.engine_thread import Admission, EngineBusyError, EngineStoppedError, EngineThread, Receiver
 from service.engine.scheduler import Scheduler
-from service.engine.sequence import FinishReason, Sequence
+from service.engine.sequence import FinishReason, Outcome, Sequence
 from tests.service.engine.fakes import COST, FakeRunner, make_engine, make_sequence
 
 
@@ -20,9 +20,9 @@ class GatedRunner(FakeRunner):
         super().__init__()
         self.gate = threading.Event()
 
-    def prefill(self, sequence: Sequence) -> object:
+    def prefill(self, sequences: list[Sequence]) -> list[Outcome | None]:
         assert self.gate.wait(20)
-        return super().prefill(sequence)
+        return super().prefill(sequences)
 
 
 def make_thread(runner: FakeRunner, **admission: float) -> EngineThread:

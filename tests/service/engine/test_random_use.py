@@ -136,10 +136,10 @@ BUDGETS = [1.0, 0.8, 0.3]
 
 
 def new_engine(clock: Callable[[], float], *, slots: int, states: float, cached: int) -> tuple[Engine, Metrics]:
-    runner, metrics = ModelRunner(MODEL, cached), Metrics("tiny", MODEL.config.d_state_levels)
+    runner, metrics = ModelRunner(MODEL, cached, workers=2), Metrics("tiny", MODEL.config.d_state_levels)
     room = int(states * max(runner.state_sizes.values()))
     limits = Limits.for_states(
-        runner.state_sizes, running=slots, block_size=runner.block_size, state_bytes=room, prefill_share=0.6
+        runner.state_sizes, running=slots, block_size=runner.block_size, state_bytes=room, prefill_share=0.6, blocks=2
     )
     return Engine(runner, Scheduler(limits, runner.state_sizes), metrics, clock, load=LoadControl(0.2)), metrics
 
