@@ -30,8 +30,8 @@ class ModelRunner:
 
     Args:
         model: on the device that it is to run on. prefix_cache_bytes: of states kept of prompts that were read.
-        workers: threads that the model runs in: prompts, and parts of a decoding batch, side by side; where there is
-            only one prompt, its matrix products. More than one make sense on a CPU only.
+        workers: threads that the model runs in side by side: prompts, and parts of a decoding batch. More than one
+            make sense on a CPU only.
     """
 
     def __init__(self, model: AdaptiveAttentionSystem, prefix_cache_bytes: int = 0, workers: int = 1) -> None:
@@ -105,8 +105,8 @@ class ModelRunner:
         """
         if len(sequences) > 1:
             return list(self._executor.map(self._try_block, sequences))
-        if torch.get_num_threads() != self._workers:  # torch keeps this per thread
-            torch.set_num_threads(self._workers)
+        if self._workers > 1:
+            torch.set_num_threads(1)  # here as in the workers, or the bits of an answer depend on who else reads
         return [self._try_block(sequence) for sequence in sequences]
 
     def _try_block(self, sequence: Sequence) -> Outcome | None:
