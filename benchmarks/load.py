@@ -9,18 +9,22 @@ import asyncio
 import json
 import math
 import random
+import statistics
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SHORTEST, LONGEST = 16, 4096
 """Bytes of a prompt."""
+TOKENS = 32, 128
+"""Generated, the least and the most."""
 _REFUSALS = (429, 503)
-_STEPS = (0.7548776662466927, 0.5698402909980532)
+_STEPS = (math.sqrt(5) / 2 - 0.5, math.sqrt(2) - 1)
 
 
 class End(StrEnum):
@@ -76,13 +80,12 @@ class Result:
 
 
 def workload(
-    seed: int, budget: float | dict[str, float] = 1.0, tokens: tuple[int, int] = (32, 128), longest: int = LONGEST
+    seed: int, budget: float | dict[str, float] = 1.0, tokens: tuple[int, int] = TOKENS, longest: int = LONGEST
 ) -> Iterator[Ask]:
     """Endless requests, the same for a seed: prompt length and number of tokens are log-uniform, the place is uniform.
 
-    The two sizes follow an additive recurrence of low discrepancy, so that any few dozen requests in a row are as much work
-    as any other: short arms can be compared. Source of its steps: Roberts 2018, "The unreasonable effectiveness of
-    quasirandom sequences".
+    The two sizes are multiples of irrational numbers, modulo 1, so that any few dozen requests in a row are as much
+    work as any other: short arms can be compared.
     """
     draw, text = random.Random(seed), corpus()
     first, second = draw.random(), draw.random()
@@ -94,7 +97,12 @@ def workload(
 
 
 def _log_uniform(quantile: float, least: int, most: int) -> int:
-    return round(least * (most / least) ** quantile)
+    return round(math.exp(math.log(least) + quantile * math.log(most / least)))
+
+
+def mean_tokens(asks: Iterator[Ask]) -> float:
+    """Mean number of tokens of the requests of a workload, which depends little on its seed."""
+    return statistics.fmean(ask.tokens for ask in islice(asks, 2000))
 
 
 def corpus() -> str:
@@ -201,12 +209,12 @@ async def closed_loop(
                 raise RuntimeError(f"a request failed, with status {current.status}")
 
     tasks = [asyncio.create_task(client()) for _ in range(clients)]
-    done, late = await asyncio.wait(tasks, timeout=seconds if abandon else None, return_when=asyncio.FIRST_EXCEPTION)
-    for task in late:
+    await asyncio.wait(tasks, timeout=seconds if abandon else None, return_when=asyncio.FIRST_EXCEPTION)
+    for task in tasks:
         task.cancel()
-    await asyncio.gather(*late, return_exceptions=True)
-    for task in done:
-        task.result()
+    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(outcome, RuntimeError):
+            raise outcome
     return results
 
 
