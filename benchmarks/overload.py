@@ -62,7 +62,9 @@ def main() -> int:
     with rheostat(*options, threads=arguments.threads) as server:
         warm_up(server)
         study = run_study(server, calm, arguments.seconds, arguments.target_factor)
-    report: dict[str, Any] = describe_machine() | {"server_options": options} | study
+    report: dict[str, Any] = (
+        describe_machine() | {"server_options": options, "server_threads": arguments.threads} | study
+    )
     if arguments.plot:
         plot_overload(report, arguments.plot)
     if arguments.json:
@@ -90,7 +92,6 @@ def calibrate(server: Server, seconds: float) -> Calm:
     warm_up(server)
     unloaded = latencies(asyncio.run(closed_loop(server.address, workload(1), 1, seconds)))["end_to_end"]["p95"]
     assert unloaded is not None, "one client gets answers"
-    server.wait_until_idle()
     began = time.monotonic()
     busy = asyncio.run(closed_loop(server.address, workload(2), CLIENTS, seconds))
     tokens = token_rate(busy, began + seconds / 4, began + seconds)
@@ -100,7 +101,6 @@ def calibrate(server: Server, seconds: float) -> Calm:
 def warm_up(server: Server) -> None:
     """What is allocated once."""
     asyncio.run(closed_loop(server.address, workload(0), 2, 2.0))
-    server.wait_until_idle()
 
 
 def run_study(server: Server, calm: Calm, seconds: float, factor: float) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from benchmarks.load import (
     LONGEST,
     TOKENS,
     Ask,
+    End,
     Result,
     closed_loop,
     mean_tokens,
@@ -75,7 +76,7 @@ class Plan:
     reduced_concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     """Clients with which budgets below 1 are measured."""
     seconds: float = 12.0
-    """Of one arm of a closed loop, of which the first quarter is not counted."""
+    """Of one arm of a closed loop; rates leave out the first quarter."""
     open_seconds: float = 60.0
     turns: int = 5
     """Repetitions of what a ratio is made of."""
@@ -92,7 +93,7 @@ class Plan:
 
 
 QUICK = Plan(
-    concurrency=(1, 4, 16, 32, 64), reduced_concurrency=(16,), loads=(0.5, 0.8), seconds=6.0, open_seconds=15.0,
+    concurrency=(1, 4, 16, 32, 64), reduced_concurrency=(16,), loads=(0.5, 0.8), seconds=5.0, open_seconds=15.0,
     turns=3, probes=5,
 )  # fmt: skip
 
@@ -129,8 +130,7 @@ def measure(plan: Plan, threads: int | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         server = stack.enter_context(rheostat(threads=threads))
         asyncio.run(closed_loop(server.address, plan.asks(0), 2, min(2.0, plan.seconds)))  # first allocations
-        server.wait_until_idle()
-        report = closed_loops(server, plan)
+        report: dict[str, Any] = {"server_threads": threads} | closed_loops(server, plan)
         report |= engine_overhead(server, plan)
         report |= asyncio.run(cheap_beside_full(server, plan))
         report["open_loop"] = open_loops(server, plan, report["capacity_per_second"])
@@ -149,16 +149,11 @@ def run_closed(
 ) -> tuple[float, list[Result]]:
     """Tokens per second and results of a closed loop; the server is at rest afterwards.
 
-    Without ``stream`` the server is taken for one that goes on with what is given up, and it is all waited for.
-
     Raises:
         RuntimeError: a request failed, or there is nothing to measure a rate by.
     """
     began = time.monotonic()
-    loop = closed_loop(server.address, asks, clients, seconds, stream=stream, abandon=stream)
-    results = asyncio.run(loop)
-    if stream:
-        server.wait_until_idle()
+    results = asyncio.run(closed_loop(server.address, asks, clients, seconds, stream=stream))
     rate = token_rate(results, began + seconds / 4, began + seconds)
     if not rate:
         raise RuntimeError(f"no two tokens arrived in three quarters of {seconds:g} seconds")
@@ -239,15 +234,20 @@ async def cheap_beside_full(server: Server, plan: Plan) -> dict[str, Any]:
 
 
 async def _beside(server: Server, ask: Ask, budget: float, seed: int) -> Result:
-    """What becomes of a request beside 15 others at ``budget`` that already generate."""
+    """What becomes of a request beside 15 others at ``budget`` that already generate.
+
+    Raises:
+        RuntimeError: it got no answer, or one of the others ended before it.
+    """
     asks = workload(seed, budget, (_ENDLESS, _ENDLESS), longest=_SHORT)
     mates = [Result(mate, time.monotonic()) for mate, _ in zip(asks, range(MATES), strict=False)]
     tasks = [asyncio.create_task(send(server.address, mate)) for mate in mates]
-    while not all(mate.events for mate in mates):
+    while not all(mate.events or mate.end for mate in mates):
         await asyncio.sleep(0.01)
     result = Result(ask, time.monotonic())
     await send(server.address, result)
-    assert not any(task.done() for task in tasks), "the others run longer than the request"
+    if result.end is not End.ANSWER or any(mate.end for mate in mates):
+        raise RuntimeError(f"the request: {result.end}; the others: {[mate.end for mate in mates]}")
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -261,7 +261,6 @@ def open_loops(server: Server, plan: Plan, capacity: float) -> list[dict[str, An
     for index, share in enumerate(plan.loads):
         arrivals = poisson_arrivals(300 + index, share * capacity, plan.open_seconds)
         results = asyncio.run(open_loop(server.address, plan.asks(300 + index), arrivals))
-        server.wait_until_idle()
         rows.append(
             {
                 "share_of_capacity": share,
