@@ -150,8 +150,8 @@ def run_closed(
 ) -> tuple[float, list[Result]]:
     """Tokens per second and results of a closed loop; the server is at rest afterwards.
 
-    Without ``stream`` the server is one that answers one request at a time. It is as busy with those that are still open
-    at the end, and few whole answers fall into a short window, so these count too.
+    Without ``stream`` the server is one that answers one request at a time. It is as busy with what is open at the end,
+    and few whole answers fall into a short window, so these count too.
 
     Raises:
         RuntimeError: a request failed, or there is nothing to measure a rate by.
