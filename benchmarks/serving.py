@@ -132,7 +132,7 @@ def measure(plan: Plan, threads: int | None = None) -> dict[str, Any]:
         server = stack.enter_context(rheostat(threads=threads))
         asyncio.run(closed_loop(server.address, plan.asks(0), 2, min(2.0, plan.seconds)))  # first allocations
         report: dict[str, Any] = {"server_threads": threads} | closed_loops(server, plan)
-        report |= engine_overhead(server, plan)
+        report |= asyncio.run(engine_overhead(server, plan))
         report |= asyncio.run(cheap_beside_full(server, plan))
         report["open_loop"] = open_loops(server, plan, report["capacity_per_second"])
         source, converted = Path(folder) / "source", Path(folder) / "converted"
@@ -200,14 +200,18 @@ def closed_loops(server: Server, plan: Plan) -> dict[str, Any]:
     }
 
 
-def engine_overhead(server: Server, plan: Plan) -> dict[str, Any]:
+async def engine_overhead(server: Server, plan: Plan) -> dict[str, Any]:
     """The share of schedule and postprocess in the steps of a batch of 16, requests that come and go included."""
     shares, sizes = [], []
     for turn in range(plan.turns):
-        before = server.metrics()
-        run_closed(server, workload(100 + turn, tokens=plan.tokens, longest=_SHORT), BATCH, plan.seconds)
-        after = server.metrics()
-        spent = {name: after[name] - before[name] for name in after if name in before}
+        asks = workload(100 + turn, tokens=plan.tokens, longest=_SHORT)
+        load = asyncio.create_task(closed_loop(server.address, asks, BATCH, plan.seconds))
+        await asyncio.sleep(plan.seconds / 4)
+        before = await asyncio.to_thread(server.metrics)
+        await asyncio.sleep(plan.seconds * 3 / 4)
+        after = await asyncio.to_thread(server.metrics)
+        await load
+        spent = {name: after[name] - before[name] for name in after}
         parts = {
             part: spent[f'rheostat_engine_step_seconds_sum{{part="{part}"}}']
             for part in ("schedule", "run", "postprocess")
