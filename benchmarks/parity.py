@@ -19,17 +19,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.models.mamba2.configuration_mamba2 import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2ForCausalLM
 
 from benchmarks.machine import describe_machine
+from benchmarks.references import autograd_gradient, brute_force, dense_rows, make_trace, states
+from model.adaptive.density import state_gradient
+from model.adaptive.router import CrossScaleRouter
 from model.convert import SourceConfig, convert_config, convert_weights
 from model.device import set_threads
 from model.layers.mamba2 import VariableStateSpaceModel
 from model.lm import AdaptiveAttentionSystem
 from model.ops.ssd import ssd_scan, ssd_step
+from model.ops.tiling import plan_block, plan_sizes, staleness_table
 
 SPEED = {"hidden_size": 256, "num_hidden_layers": 6, "num_heads": 8, "head_dim": 64, "state_size": 64, "chunk_size": 64}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_heads": 4, "head_dim": 16, "state_size": 16, "chunk_size": 16}
@@ -130,6 +135,57 @@ def nested_row() -> Row:
             expected, _, _ = twin(hidden, twin.zero_state(2, torch.device("cpu")))
             errors.append(_gap(output, expected))
     return Row("resize_state_space", "block built at that size", max(errors), 1e-5, len(errors))
+
+
+def density_rows() -> Iterator[Row]:
+    """Features of the density in float64: the state gradient, entropy and distance of attention."""
+    trace = make_trace()
+    found, differences = state_gradient(trace, 8), states(trace).diff(dim=1).flatten(2).norm(dim=-1)
+    yield Row("state gradient", "materialised states", _gap(found, differences.log1p()), 1e-9, found.numel())
+    with torch.inference_mode(False):
+        expected = autograd_gradient(make_trace())
+    yield Row("state gradient", "autograd by position", _gap(found, expected.log1p()), 1e-9, found.numel())
+    ours, _ = pair({})
+    ours.double()
+    state = ours.allocate_state(1).map(lambda value: value.double() if value.is_floating_point() else value)
+    encoded = ours.encode(torch.randint(0, 257, (1, 70)), state.encoder)
+    features, _ = ours.density(ours.exit_head(encoded.hidden), encoded.trace, state.density)
+    rows = [torch.stack(dense_rows(encoded.trace, t, ours.config.density_window)) for t in range(70)]
+    gap = _gap(features[0, :, 1:3], torch.stack(rows))
+    yield Row("attention entropy and distance", "dense attention", gap, 1e-9, 2 * len(rows))
+
+
+def tiling_row() -> Row:
+    """The dynamic programmes, of an interval and of a set of sizes, against every tiling there is."""
+    random, errors = np.random.default_rng(0), []
+    for _ in range(40):
+        density, table = (
+            random.exponential(size=int(random.integers(1, 10))),
+            staleness_table(random.uniform(0.3, 9), 64),
+        )
+        price, entry, carry = random.uniform(0.01, 6), random.uniform(0, 4), int(random.integers(0, 9))
+        sizes = np.sort(random.choice(np.arange(1, 9), int(random.integers(1, 6)), replace=False))
+        least, most = int(sizes[0]), int(sizes[-1])
+        for cost, allowed in (
+            (plan_sizes(density, table, price, entry, carry, sizes)[2], sizes.tolist()),
+            (plan_block(density, table, price, entry, carry, least, most)[2], range(least, most + 1)),
+        ):
+            errors.append(abs(cost - brute_force(density, table, price, entry, carry, allowed)))
+    return Row("TileManager, cost of plans", "brute force", max(errors), 1e-9, len(errors))
+
+
+def router_row() -> Row:
+    """At initialisation: down keeps the prefix, up adds zeros, a fresh update passes unchanged. All exact."""
+    ours, _ = pair({})
+    router, config, errors = CrossScaleRouter(ours.config), ours.config, []
+    for small in config.d_state_levels:
+        for large in config.d_state_levels:
+            state = torch.randn(2, 3, 4, large)
+            kept = torch.nn.functional.pad(state, (0, small - large))
+            errors.append(_gap(router.route_states(state, torch.full((2,), small)), kept))
+    held = torch.randn(4, config.d_model)
+    errors.append(_gap(router.fade(held, torch.zeros(4, dtype=torch.int64)), held))
+    return Row("CrossScaleRouter, initial", "identity", max(errors), 0.0, len(errors))
 
 
 def _gap(ours: Tensor, expected: Tensor) -> float:
@@ -235,7 +291,7 @@ def main() -> int:
             )
         return 0
     with torch.inference_mode():
-        rows = [*logits_rows(), scan_row(), nested_row()]
+        rows = [*logits_rows(), scan_row(), nested_row(), *density_rows(), tiling_row(), router_row()]
     if arguments.json:
         print(json.dumps(describe_machine() | {"rows": [asdict(row) for row in rows]}, indent=2))
     else:

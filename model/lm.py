@@ -6,8 +6,10 @@ and the model is a plain stack of Mamba-2 blocks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import cast
 
 import numpy as np
@@ -229,7 +231,14 @@ class AdaptiveAttentionSystem(nn.Module):
 
     @torch.inference_mode()
     def prefill(
-        self, tokens: Tensor, state: ModelState, rate: float, *, predict: bool = True, score: bool = False
+        self,
+        tokens: Tensor,
+        state: ModelState,
+        rate: float,
+        *,
+        predict: bool = True,
+        score: bool = False,
+        sizes: Sequence[tuple[int, int]] = (),
     ) -> PrefillOutput:
         """Read a piece of one prompt, its tiles planned by the dynamic programme.
 
@@ -239,6 +248,12 @@ class AdaptiveAttentionSystem(nn.Module):
             rate: trunk fires per byte, 0 to 1. predict: whether the head runs; only a prompt's last piece needs it.
             score: the head runs at every position, and the trunk fires by the causal rule instead of the plan, which
                 looks ahead inside the piece: the protocol of :mod:`model.evaluation.strict`.
+            sizes: (offset in the piece, columns of the trunk's state), by rising offset: runs of tiles that are read at
+                their own resolution. The router maps the live state where a run begins, before the byte at the offset,
+                as :meth:`resize_state_space` does between two steps; the last run's size stays.
+
+        Raises:
+            ValueError: a size is not one of the levels, or the offsets do not rise inside the piece.
         """
         assert tokens.shape[0] == 1, "prompts are read one by one"
         assert 0 < tokens.shape[1] <= self.config.block_size
@@ -247,12 +262,25 @@ class AdaptiveAttentionSystem(nn.Module):
         plan = self._plan(encoded, state, rate, causal=score)
         quota = accrue(state.router.quota, rate, tokens.shape[1])
         fires = torch.from_numpy(plan.astype(bool)).to(tokens.device).unsqueeze(0)
-        output = self.combine(encoded.hidden, None if rate >= 1.0 else fires, state)
+        output = self._combine_runs(encoded.hidden, None if rate >= 1.0 else fires, state, sizes)
         state.router.quota = quota
         logits = None
         if predict or score:
             logits = self.head(output if score else output[:, -1])[0]
         return PrefillOutput(logits, np.flatnonzero(plan).tolist())
+
+    def _combine_runs(
+        self, hidden: Tensor, fires: Tensor | None, state: ModelState, sizes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """:meth:`combine`, with the trunk's state resized before each offset of ``sizes``."""
+        bounds = [offset for offset, _ in sizes] + [hidden.shape[1]]
+        if any(start >= end for start, end in pairwise(bounds)) or bounds[0] < 0:
+            raise ValueError(f"sizes = {sizes} must have offsets that rise from 0 and end before {hidden.shape[1]}")
+        outputs = [] if bounds[0] == 0 else [self.combine(hidden[:, : bounds[0]], _part(fires, 0, bounds[0]), state)]
+        for (start, d_state), end in zip(sizes, bounds[1:], strict=True):
+            self.resize_state_space(state, d_state)
+            outputs.append(self.combine(hidden[:, start:end], _part(fires, start, end), state))
+        return torch.cat(outputs, 1)
 
     def _plan(self, encoded: Encoded, state: ModelState, rate: float, *, causal: bool) -> Bytes:
         """Fires of one block of one sequence; analyses it where the rate leaves a choice."""
@@ -276,6 +304,10 @@ class AdaptiveAttentionSystem(nn.Module):
         """
         step = step_compiled if compiled(self.embedding.weight) else step_plain
         return step(self, tokens, state, rates)
+
+
+def _part(fires: Tensor | None, start: int, end: int) -> Tensor | None:
+    return None if fires is None else fires[:, start:end]
 
 
 def _blocks(modules: nn.ModuleList) -> list[AdaptiveMambaBlock]:

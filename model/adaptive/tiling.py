@@ -8,6 +8,7 @@ be short.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,6 +28,7 @@ from model.ops.tiling import (
     fire_online,
     fire_rows,
     plan_block,
+    plan_sizes,
     staleness_table,
     tiling_loss,
 )
@@ -112,7 +114,13 @@ class TileManager(nn.Module):
         return -torch.expm1(-age.to(self.log_tau.dtype) / self.log_tau.exp())
 
     def optimize_tiling(
-        self, density: NDArray[np.floating], compute_budget: float, compute_cost: float, *, carry: int = 0
+        self,
+        density: NDArray[np.floating],
+        compute_budget: float,
+        compute_cost: float,
+        *,
+        carry: int = 0,
+        sizes: Sequence[int] | None = None,
     ) -> list[Tile]:
         """The tiling of one text that loses least for a budget, by a Lagrangian search over :meth:`cheapest_tiling`.
 
@@ -122,42 +130,63 @@ class TileManager(nn.Module):
         Args:
             density: [L] bits per byte. compute_budget: FLOPs. compute_cost: FLOPs of one trunk step.
             carry: age of the trunk before the first byte.
+            sizes: bytes that a tile may have, rising; None for all from ``min_tile_size`` to ``max_tile_size``.
 
         Returns:
             Tiles in order; bytes after the last one belong to a tile that is still open.
 
         Raises:
-            ValueError: the budget does not pay for tiles of ``max_tile_size``.
+            ValueError: the budget does not pay for the longest tiles, or ``sizes`` do not rise or leave the bounds.
         """
         values, table = self._prepare(density, carry)
+        longest = self.max_tile_size if sizes is None else max(sizes, default=0)
         wanted = int(compute_budget / compute_cost * (1.0 + 1e-12))
-        plan = spend_tiles(self._solver(values, table, carry, self.max_tile_size), wanted, _dearest(values))
+        plan = spend_tiles(self._solver(values, table, carry, longest, sizes), wanted, _dearest(values))
         if plan.tiles > wanted:
             raise ValueError(
                 f"compute_budget = {compute_budget} must be at least {plan.tiles * compute_cost} FLOPs for tiles of at "
-                f"most {self.max_tile_size} bytes"
+                f"most {longest} bytes"
             )
         return self._tiles(plan.fires, values, table, carry, compute_cost)
 
     def cheapest_tiling(
-        self, density: NDArray[np.floating], price: float, compute_cost: float, *, carry: int = 0
+        self,
+        density: NDArray[np.floating],
+        price: float,
+        compute_cost: float,
+        *,
+        carry: int = 0,
+        sizes: Sequence[int] | None = None,
     ) -> list[Tile]:
         """The tiling of one text at one price, lambda in bits per FLOP; otherwise as :meth:`optimize_tiling`."""
         values, table = self._prepare(density, carry)
-        plan = self._solver(values, table, carry, self.max_tile_size)(price * compute_cost)
+        plan = self._solver(values, table, carry, self.max_tile_size, sizes)(price * compute_cost)
         return self._tiles(plan.fires, values, table, carry, compute_cost)
 
     def _prepare(self, density: NDArray[np.floating], carry: int) -> tuple[Floats, Floats]:
         values = np.ascontiguousarray(density, dtype=np.float64)
         return values, staleness_table(self.tau, carry + len(values) + 1)
 
-    def _solver(self, density: Floats, table: Floats, carry: int, longest: int) -> Solver:
-        """The dynamic programme over one block, as a function of the price."""
+    def _solver(
+        self, density: Floats, table: Floats, carry: int, longest: int, sizes: Sequence[int] | None = None
+    ) -> Solver:
+        """The dynamic programme over one block, as a function of the price; ``sizes`` replace the interval."""
+        allowed = None if sizes is None else np.array(sizes, np.int64)
+        if allowed is not None and (
+            not len(allowed)
+            or (np.diff(allowed) <= 0).any()
+            or not self.min_tile_size <= allowed[0] <= allowed[-1] <= self.max_tile_size
+        ):
+            raise ValueError(
+                f"sizes = {sizes} must rise from {self.min_tile_size} or more to {self.max_tile_size} or less"
+            )
 
         def solve(price: float) -> PlannedBlock:
-            fires, tiles, total = plan_block(
-                density, table, price, self.restart_loss, carry, self.min_tile_size, longest
-            )
+            if allowed is None:
+                plan = plan_block(density, table, price, self.restart_loss, carry, self.min_tile_size, longest)
+            else:
+                plan = plan_sizes(density, table, price, self.restart_loss, carry, allowed)
+            fires, tiles, total = plan
             return PlannedBlock(fires, tiles, total - price * tiles)
 
         return solve

@@ -15,10 +15,22 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.layers.norm import RMSNorm
-from model.ops.recurrent import Singles, block_rows, compiled, mixer_rows
+from model.ops.parallel import loop_threads, share
+from model.ops.recurrent import (
+    Singles,
+    block_rows,
+    compiled,
+    convolve_rows,
+    keep_window,
+    mixer_rows,
+    norm_rows,
+)
 from model.ops.ssd import ScanTrace, StepTrace, ssd_scan, ssd_step
 from model.ops.tiling import Integers
 from model.state import BlockState, zero_block_state
+
+SHARED_FROM = 64
+"""Positions from which a pass shares its compiled loops among threads: fewer are read faster by one."""
 
 
 class VariableStateSpaceModel(nn.Module):
@@ -235,13 +247,26 @@ class VariableStateSpaceModel(nn.Module):
         columns = torch.full((batch,), width) if columns is None else columns
         after = BlockState(*(value.clone(memory_format=torch.contiguous_format) for value in state.tensors()))
         before = torch.zeros(batch, -(-length // self.chunk_size), *after.ssm_state.shape[1:])
-        inputs = (self.in_proj(hidden), log_stretch, lengths, columns, after.conv_state, after.ssm_state, before)
-        arguments: list[Any] = [*(value.numpy() for value in inputs), self.chunk_size, *self.arrays()]
-        gated, mixed, steps = map(torch.from_numpy, mixer_rows(*arguments))
+        projected, mixed = self.in_proj(hidden), torch.empty(batch, length, self.conv_dim)
+        steps, gated = torch.zeros(batch, length, self.heads), torch.zeros(batch, length, self.d_inner)
+        levels, scale, taps, bias, dt_bias, A_log, D, norm, exponent, least_dt, most_dt, eps = self.arrays()
+        threads = loop_threads() if batch * length >= SHARED_FROM else 1
+
+        inputs: list[Any] = [value.numpy() for value in (projected, columns, after.conv_state, mixed)]
+        inputs += [self.d_inner, levels, scale, taps, bias]
+        share(lambda start, end: convolve_rows(start, end, *inputs), length, threads)
+        keep_window(inputs[0], lengths.numpy(), inputs[2], self.d_inner)
+
+        parts = (projected, mixed, log_stretch, lengths, columns, after.ssm_state, before, steps, gated)
+        loops: list[Any] = [value.numpy() for value in parts]
+        loops += [self.chunk_size, dt_bias, A_log, D, exponent, least_dt, most_dt]
+        share(lambda first, last: mixer_rows(first, last, *loops), self.heads, threads)
+
+        normal = torch.from_numpy(norm_rows(gated.flatten(0, 1).numpy(), norm, eps)).view_as(gated)
         x, B, C = mixed.split([self.d_inner, self.d_state, self.d_state], dim=-1)
         x = x.unflatten(-1, (self.heads, self.headdim))
         trace = ScanTrace(x, steps, -torch.exp(self.A_log), B[..., :width], C[..., :width], before)
-        return self.out_proj(gated), after, trace
+        return self.out_proj(normal), after, trace
 
     def arrays(self) -> list[Any]:
         """What the compiled loops read, in their order: views of the parameters, which thus may change."""

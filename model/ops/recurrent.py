@@ -160,69 +160,98 @@ def _distance(one: Singles, other: Singles) -> float:  # pragma: no cover - comp
 
 
 @njit(cache=True, nogil=True)
-def mixer_rows(
+def convolve_rows(
+    start: int,
+    end: int,
     projected: Singles,
-    log_stretch: Singles,
-    lengths: Integers,
     columns: Integers,
     conv_state: Singles,
-    ssm_state: Singles,
-    before: Singles,
-    chunk_size: int,
+    mixed: Singles,
+    inner: int,
     levels: Integers,
     level_scale: Singles,
     conv_weight: Singles,
     conv_bias: Singles,
-    dt_bias: Singles,
-    A_log: Singles,
-    D: Singles,
-    gate_norm: Singles,
-    exponent: Singles,
-    least_dt: float,
-    most_dt: float,
-    eps: float,
-) -> tuple[Singles, Singles, Singles]:  # pragma: no cover - compiled
-    """What a mixer does between its two projections, over L positions.
-
-    A head's state stays in the nearest cache from the first position to the last. At the sizes of a small model that is
-    less work than the matrix products of a chunked scan.
+) -> None:  # pragma: no cover - compiled
+    """Convolution, activation and scales of a mixer at the positions ``start`` to ``end``.
 
     Args:
-        projected: [B, L, z | x B C | dt]. log_stretch: [B, L] logarithm of the bytes that a step stands for.
-        lengths: [B] positions that count. columns: [B] of the state that run, at most N.
-        conv_state: [B, d_conv - 1, C]. ssm_state: [B, H, P, N]. Both are advanced in place.
-        before: [B, c, H, P, N], filled with the state before each chunk of ``chunk_size`` positions that counts.
+        projected: [B, L, z | x B C | dt], z of size ``inner``. columns: [B] of the state that run, at most N.
+        conv_state: [B, d_conv - 1, C] before the first position, not changed. mixed: [B, L, C], filled.
         levels: sizes that the state may run at. level_scale: of C at each of them but the last.
-        conv_weight: [C, d_conv]. conv_bias: [C]. dt_bias, A_log, D: [H]. gate_norm: [HP]. exponent: [H], of the
-            stretch. least_dt, most_dt: limits of the step size.
-
-    Returns:
-        gated and normalised outputs [B, L, HP], x B C [B, L, C], and dt [B, L, H].
+        conv_weight: [C, d_conv]. conv_bias: [C].
     """
-    batch, length = projected.shape[:2]
-    heads, headdim = ssm_state.shape[1:3]
-    inner = heads * headdim
     channels, taps = conv_weight.shape
-    d_state = (channels - inner) // 2
     by_tap = conv_weight.T.copy()
-    mixed = np.empty((batch, length, channels), np.float32)
-    steps = np.zeros((batch, length, heads), np.float32)
-    gated = np.zeros((batch, length, inner), np.float32)
-    for b in range(batch):
-        count = lengths[b]
+    for b in range(projected.shape[0]):
         raw = projected[b, :, inner : inner + channels]
-        for t in range(length):
+        for t in range(start, end):
             mixed[b, t] = conv_bias
             for k in range(taps):
                 at = t + k - (taps - 1)
                 _add_tap(mixed[b, t], raw[at] if at >= 0 else conv_state[b, at + taps - 1], by_tap[k])
             _silu(mixed[b, t])
-            _scale_keys(mixed[b, t], inner, d_state, columns[b], levels, level_scale)
-        for k in range(taps - 1):
-            at = count + k - (taps - 1)
-            conv_state[b, k] = raw[at] if at >= 0 else conv_state[b, at + taps - 1]
-        for h in range(heads):
+            _scale_keys(mixed[b, t], inner, (channels - inner) // 2, columns[b], levels, level_scale)
+
+
+@njit(cache=True, nogil=True)
+def keep_window(
+    projected: Singles, lengths: Integers, conv_state: Singles, inner: int
+) -> None:  # pragma: no cover - compiled
+    """Advance conv_state [B, d_conv - 1, C] in place by the first ``lengths`` [B] positions that were projected."""
+    kept, channels = conv_state.shape[1:]
+    for b in range(projected.shape[0]):
+        for k in range(kept):
+            at = lengths[b] + k - kept
+            if at >= 0:
+                conv_state[b, k] = projected[b, at, inner : inner + channels]
+            else:
+                conv_state[b, k] = conv_state[b, at + kept]
+
+
+@njit(cache=True, nogil=True)
+def mixer_rows(
+    first: int,
+    last: int,
+    projected: Singles,
+    mixed: Singles,
+    log_stretch: Singles,
+    lengths: Integers,
+    columns: Integers,
+    ssm_state: Singles,
+    before: Singles,
+    steps: Singles,
+    gated: Singles,
+    chunk_size: int,
+    dt_bias: Singles,
+    A_log: Singles,
+    D: Singles,
+    exponent: Singles,
+    least_dt: float,
+    most_dt: float,
+) -> None:  # pragma: no cover - compiled
+    """The recurrence and the gate of the heads ``first`` to ``last``, over L positions.
+
+    A head's state stays in the nearest cache from the first position to the last. At the sizes of a small model that is
+    less work than the matrix products of a chunked scan.
+
+    Args:
+        projected: [B, L, z | x B C | dt]. mixed: [B, L, x | B | C], convolved.
+        log_stretch: [B, L] logarithm of the bytes that a step stands for.
+        lengths: [B] positions that count. columns: [B] of the state that run, at most N.
+        ssm_state: [B, H, P, N], advanced in place.
+        before: [B, c, H, P, N], filled with the state before each chunk of ``chunk_size`` positions that counts.
+        steps: [B, L, H], filled with dt. gated: [B, L, HP], filled with gated outputs. Both 0 where nothing counts.
+        dt_bias, A_log, D: [H]. exponent: [H], of the stretch. least_dt, most_dt: limits of the step size.
+    """
+    heads, headdim = ssm_state.shape[1:3]
+    inner, channels = heads * headdim, mixed.shape[2]
+    d_state = (channels - inner) // 2
+    for b in range(projected.shape[0]):
+        count = lengths[b]
+        for h in range(first, last):
             now, part = ssm_state[b, h], slice(h * headdim, (h + 1) * headdim)
+            rate = math.exp(A_log[h])
             for t in range(count):
                 if t % chunk_size == 0:
                     before[b, t // chunk_size, h] = now
@@ -230,12 +259,10 @@ def mixer_rows(
                 size = _step_size(size, exponent[h], log_stretch[b, t], least_dt, most_dt)
                 steps[b, t, h] = size
                 x, out = mixed[b, t, part], gated[b, t, part]
-                decay = np.float32(math.exp(-size * math.exp(A_log[h])))
+                decay = np.float32(math.exp(-size * rate))
                 key, query = mixed[b, t, inner:], mixed[b, t, inner + d_state :]
                 _advance_head(now, columns[b], x, key, query, size, decay, out)
                 _skip_and_gate(out, x, D[h], projected[b, t, part])
-        gated[b] = norm_rows(gated[b], gate_norm, eps)
-    return gated, mixed, steps
 
 
 @njit(cache=True, nogil=True)
@@ -268,7 +295,9 @@ def block_rows(
     Args:
         rows: [n] rows of the state. hidden: [n, D], the residual update is added in place.
         log_stretch: [n]. columns: [n]. norm: [D]. in_proj: [z | x B C | dt, D]. out_proj: [D, HP].
-        traced: whether the change of the state is wanted; 0 if not. All others as in :func:`mixer_rows`.
+        conv_state: [B, d_conv - 1, C]. gate_norm: [HP].
+        traced: whether the change of the state is wanted; 0 if not. All others as in :func:`convolve_rows` and
+            :func:`mixer_rows`.
 
     Returns:
         What a :class:`~model.ops.ssd.StepTrace` holds, in its order.

@@ -103,6 +103,52 @@ def plan_block(
 
 
 @njit(cache=True)
+def plan_sizes(
+    density: Floats, staleness: Floats, price: float, entry: float, carry: int, sizes: Integers
+) -> tuple[Bytes, int, float]:  # pragma: no cover - compiled
+    """:func:`plan_block` for tiles whose sizes are any set, rising; all the sizes of an interval give its plans.
+
+    The last tile may stay open while it is shorter than the greatest size. A first tile that the carry has made too
+    long for every size ends at its first byte.
+    """
+    length, longest = density.shape[0], sizes[-1]
+    cost = np.full(length + 1, np.inf)  # as in plan_block; cost[0] is of the tile that began before the block
+    cost[0] = 0.0
+    back = np.zeros(length + 1, np.int64)
+    for byte in range(length):
+        end = byte + 1
+        chosen = np.inf
+        if carry >= longest and end == 1:
+            chosen = entry if carry > 0 else 0.0
+        for size in sizes:
+            start = end - size if size < end else 0
+            value = cost[start] + (entry if size > 1 else 0.0)
+            if (start > 0 or size == carry + end) and value < chosen:
+                chosen = value
+                back[end] = start
+        for start in range(1, end):
+            cost[start] += density[byte] * staleness[end - start]
+        cost[0] += density[byte] * staleness[carry + end]
+        cost[end] = chosen + price
+        if end >= max(longest - carry, 1):
+            cost[0] = np.inf
+        if end >= longest + 1:
+            cost[end - longest] = np.inf
+    last = 0
+    for start in range(1, length + 1):
+        if cost[start] < cost[last]:
+            last = start
+    total = cost[last]
+    fires = np.zeros(length, np.uint8)
+    tiles = 0
+    while last > 0:
+        fires[last - 1] = 1
+        tiles += 1
+        last = back[last]
+    return fires, tiles, total
+
+
+@njit(cache=True)
 def plan_blocks(
     density: Floats,
     staleness: Floats,

@@ -15,6 +15,7 @@ from torch import Tensor
 from model.cost import CostModel, Flops
 from model.evaluation.tilings import TilingPlan, analyse_piece
 from model.lm import AdaptiveAttentionSystem
+from model.ops.parallel import set_loop_threads
 from model.state import ModelState
 from service.engine.prefix_cache import PrefixCache, Snapshot, extend_key, first_key
 from service.engine.sampling import sample, score
@@ -23,6 +24,16 @@ from service.engine.state_pool import StatePool
 from service.engine.workers import make_workers
 
 logger = logging.getLogger(__name__)
+
+
+def _use_threads(count: int) -> None:
+    """Share the compiled loops that this thread starts among so many threads, which does not change their bits.
+
+    Those of matrix products may change with their threads, and with them an answer with who else is served: they get
+    one wherever they run.
+    """
+    torch.set_num_threads(1)
+    set_loop_threads(count)
 
 
 class ModelRunner:
@@ -37,7 +48,7 @@ class ModelRunner:
     def __init__(self, model: AdaptiveAttentionSystem, prefix_cache_bytes: int = 0, workers: int = 1) -> None:
         self._model = model
         self._workers = workers
-        self._executor = make_workers(workers, partial(torch.set_num_threads, 1))
+        self._executor = make_workers(workers, partial(_use_threads, 1))
         self._lock = threading.Lock()
         self.pool = StatePool(model)
         self.prefixes: PrefixCache[ModelState] = PrefixCache(prefix_cache_bytes)
@@ -105,8 +116,7 @@ class ModelRunner:
         """
         if len(sequences) > 1:
             return list(self._executor.map(self._try_block, sequences))
-        if self._workers > 1:
-            torch.set_num_threads(1)  # here as in the workers, or the bits of an answer depend on who else reads
+        _use_threads(self._workers)
         return [self._try_block(sequence) for sequence in sequences]
 
     def _try_block(self, sequence: Sequence) -> Outcome | None:

@@ -9,29 +9,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.references import H, L, N, P, autograd_gradient, dense_rows, make_trace, states
 from model.adaptive.density import InformationDensityAnalyzer, predictive_entropy, smooth_density, state_gradient
-from model.ops.ssd import ScanTrace, ssd_scan, ssd_step
+from model.ops.ssd import ScanTrace, ssd_scan
 from tests.model.shapes import SMALL, encode_one, random_model, random_tokens
-
-H, P, N, L = 3, 4, 6, 45
-
-
-def make_trace(dtype: torch.dtype = torch.float64) -> ScanTrace:
-    torch.manual_seed(0)
-    x, B, C = (torch.randn(2, L, *shape, dtype=dtype) for shape in ((H, P), (N,), (N,)))
-    dt, A = torch.rand(2, L, H, dtype=dtype), -torch.rand(H, dtype=dtype)
-    scan = ssd_scan(x, dt, A, B, C, initial_state=torch.randn(2, H, P, N, dtype=dtype), chunk_size=8)
-    return ScanTrace(x, dt, A, B, C, scan.chunk_states)
-
-
-def states(trace: ScanTrace) -> torch.Tensor:
-    """Every state [B, L + 1, H, P, N], the initial one first."""
-    all_states = [trace.before[:, 0]]
-    for t in range(L):
-        all_states.append(
-            ssd_step(trace.x[:, t], trace.dt[:, t], trace.A, trace.B[:, t], trace.C[:, t], all_states[-1])[1]
-        )
-    return torch.stack(all_states, 1)
 
 
 def test_the_state_gradient_is_the_norm_of_the_states_difference() -> None:
@@ -54,25 +35,8 @@ def test_the_state_gradient_is_exact_at_every_scale(scale: float) -> None:
 
 
 def test_the_state_gradient_is_autograds_through_a_continuous_position() -> None:
-    """Byte t is read gradually while the position p runs from t to t + 1; the state is then a function of p.
-
-    Its derivative in the middle of byte t, one component at a time (a sum would let signs cancel), is what is measured.
-    """
     trace = make_trace()
-    decay = (trace.dt * trace.A).exp()[..., None, None]
-    added = (trace.x * trace.dt.unsqueeze(-1)).unsqueeze(-1) * trace.B[:, :, None, None, :]
-    expected = torch.empty(2, L, dtype=torch.float64)
-    for byte in range(L):
-        position = torch.full((2, 1, 1, 1), byte + 0.5, dtype=torch.float64, requires_grad=True)
-        state = trace.before[:, 0]
-        for t in range(L):
-            read = (position - t).clamp(0.0, 1.0)
-            state = state + read * ((decay[:, t] - 1.0) * state + added[:, t])
-        components = state.flatten(1).sum(0)  # each position moves its own sequence alone
-        basis = torch.eye(len(components), dtype=torch.float64)
-        (rows,) = torch.autograd.grad(components, position, basis, is_grads_batched=True)
-        expected[:, byte] = rows.flatten(1).norm(dim=0)
-    torch.testing.assert_close(state_gradient(trace, 8), expected.log1p(), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(state_gradient(trace, 8), autograd_gradient(trace).log1p(), atol=1e-9, rtol=1e-9)
 
 
 def test_the_state_gradient_of_a_state_at_rest_is_zero_up_to_cancellation() -> None:
@@ -83,21 +47,6 @@ def test_the_state_gradient_of_a_state_at_rest_is_zero_up_to_cancellation() -> N
     found = state_gradient(ScanTrace(x, dt, A, B, B, scan.chunk_states), 8)
     assert found[0, 0] > 1.0
     assert found[0, 200:].max() < 10 * math.sqrt(torch.finfo(torch.float64).eps) * scan.final_state.norm()
-
-
-def dense_rows(trace: ScanTrace, t: int, window: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Entropy and distance at t of the first sequence: its whole attention row, keys that left the window lumped."""
-    total = (trace.dt * trace.A)[0].cumsum(0)
-    decay = (total[t] - total[: t + 1]).exp() * trace.dt[0, : t + 1]  # [t + 1, H]
-    query, keys = trace.C[0, t], trace.B[0, : t + 1]
-    near = slice(max(0, t + 1 - window), t + 1)
-    scores = (keys[near] @ query).abs().unsqueeze(-1) * decay[near]
-    # Of older keys the analyzer knows |query| |key| alone.
-    past = (decay * keys.norm(dim=-1, keepdim=True))[: near.start].sum(0) * query.norm()
-    row = torch.cat([past.unsqueeze(0), scores]) / (scores.sum(0) + past)
-    entropy = torch.special.entr(row).sum(0).mean() / math.log(min(t + 1, window) + 1)
-    ages = torch.tensor([window, *range(len(scores) - 1, -1, -1)], dtype=row.dtype)
-    return entropy, (row * ages.unsqueeze(-1)).sum(0).mean() / window
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-4)])

@@ -66,3 +66,21 @@ def test_tiles_follow_each_other_within_their_sizes() -> None:
 def test_the_ends_of_the_dial_need_no_plan(rate: float) -> None:
     plan = TileManager(ModelConfig()).plan(TEXTS["random"][:100], rate, Pace(0, 0, 0, 0.0))
     assert (plan == rate).all()
+
+
+def test_tiles_have_only_the_sizes_that_are_allowed_and_keep_the_budget() -> None:
+    tiles, density = TileManager(ModelConfig()), np.random.default_rng(5).exponential(size=300)
+    density[:60] *= 50.0
+    plan = tiles.optimize_tiling(density, 40.0, 1.0, sizes=(1, 8, 32))
+    lengths = {tile.end - tile.start for tile in plan}
+    assert lengths <= {1, 8, 32}
+    assert len(lengths) > 1
+    assert 30 <= len(plan) <= 40
+    priced = tiles.cheapest_tiling(density, 3.0, 1.0, sizes=(8, 32))
+    assert {tile.end - tile.start for tile in priced} <= {8, 32}
+
+
+@pytest.mark.parametrize("sizes", [(), (8, 8), (8, 4), (0, 4), (4, 129)])
+def test_sizes_that_do_not_rise_or_leave_the_bounds_are_refused(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"sizes = .* must rise"):
+        TileManager(ModelConfig()).optimize_tiling(np.ones(20), 20.0, 1.0, sizes=sizes)

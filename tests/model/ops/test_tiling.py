@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -8,45 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.references import brute_force, cost_of
 from model.ops.tiling import (
     fire_evenly,
     fire_online,
     pacing_error,
     plan_block,
     plan_blocks,
+    plan_sizes,
     staleness_table,
-    tiling_loss,
 )
-
-
-def restarts(fires: np.ndarray, carry: int) -> int:
-    """Tiles of more than one byte."""
-    fired_before = np.concatenate([[carry == 0], fires[:-1]])
-    return int(((fires == 1) & (fired_before == 0)).sum())
-
-
-def cost_of(fires: np.ndarray, density: np.ndarray, table: np.ndarray, price: float, entry: float, carry: int) -> float:
-    return float(tiling_loss(fires, density, table, carry)) + price * int(fires.sum()) + entry * restarts(fires, carry)
-
-
-def brute_force(
-    density: np.ndarray, table: np.ndarray, price: float, entry: float, carry: int, sizes: tuple[int, int]
-) -> float:
-    """The least cost over every allowed set of fires."""
-    least, most = sizes
-    best = math.inf
-    for fires in itertools.product((0, 1), repeat=len(density)):
-        size, allowed, first = carry, True, True
-        for fire in fires:
-            size += 1
-            # A tile that the carry already made too long must end at its next byte.
-            limit = max(most, carry + 1) if first else most
-            allowed &= (size >= least if fire else size < limit) if size <= limit else False
-            if fire:
-                size, first = 0, False
-        if allowed:
-            best = min(best, cost_of(np.array(fires, np.uint8), density, table, price, entry, carry))
-    return best
 
 
 @given(
@@ -62,11 +32,29 @@ def test_the_plan_is_as_cheap_as_the_best_of_all(
     values: list[float], price: float, entry: float, carry: int, least: int, more: int, tau: float
 ) -> None:
     density, table, sizes = np.array(values), staleness_table(tau, 64), (least, least + more)
-    expected = brute_force(density, table, price, entry, carry, sizes)
+    expected = brute_force(density, table, price, entry, carry, range(sizes[0], sizes[1] + 1))
     fires, tiles, cost = plan_block(density, table, price, entry, carry, *sizes)
     assert cost == pytest.approx(expected, abs=1e-9)
     assert tiles == fires.sum()
     assert cost_of(fires, density, table, price, entry, carry) == pytest.approx(cost, abs=1e-9)
+
+
+@given(
+    st.lists(st.floats(0, 8), min_size=1, max_size=9), st.floats(0.01, 6), st.floats(0, 4), st.integers(0, 9),
+    st.sets(st.integers(1, 8), min_size=1), st.floats(0.3, 9),
+)  # fmt: skip
+def test_a_plan_with_any_set_of_sizes_is_as_cheap_as_the_best_of_all(
+    values: list[float], price: float, entry: float, carry: int, sizes: set[int], tau: float
+) -> None:
+    density, table = np.array(values), staleness_table(tau, 64)
+    fires, tiles, cost = plan_sizes(density, table, price, entry, carry, np.array(sorted(sizes)))
+    assert cost == pytest.approx(brute_force(density, table, price, entry, carry, sizes), abs=1e-9)
+    assert tiles == fires.sum()
+    assert cost_of(fires, density, table, price, entry, carry) == pytest.approx(cost, abs=1e-9)
+    full = plan_sizes(density, table, price, entry, carry, np.arange(min(sizes), max(sizes) + 1))
+    assert full[2] == pytest.approx(
+        plan_block(density, table, price, entry, carry, min(sizes), max(sizes))[2], abs=1e-9
+    )
 
 
 @given(
