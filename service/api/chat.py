@@ -5,18 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Annotated
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from service.api.auth import KeyDependency
+from service.api.auth import CountedRoute, KeyDependency
 from service.api.context import Context, ContextDependency
 from service.api.errors import ERRORS
 from service.api.generation import Generation, Identity, Piece
 from service.api.logprobs import chat_logprobs
-from service.api.requests import check_limits, check_model, choose_grant, sampling_params
+from service.api.requests import BudgetHeader, check_limits, check_model, choose_grant, sampling_params
 from service.api.schemas.chat import (
     DEFAULT_LENGTH,
     AssistantMessage,
@@ -34,7 +33,7 @@ from service.api.template import TURN_STOPS, render
 from service.engine.sequence import Sequence
 from service.keys import ApiKey
 
-router = APIRouter(tags=["generation"])
+router = APIRouter(tags=["generation"], route_class=CountedRoute)
 
 
 @router.post(
@@ -45,7 +44,7 @@ async def create_chat_completion(
     body: ChatRequest,
     context: ContextDependency,
     key: KeyDependency,
-    x_compute_budget: Annotated[str | None, Header(description="A compute budget, as JSON; the body wins.")] = None,
+    x_compute_budget: BudgetHeader = None,
 ) -> Response:
     """Generate the assistant's next message within a compute budget; streamed on request."""
     sequences = build_sequences(context, key, body, x_compute_budget)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Annotated
+
+from fastapi import Header
+from pydantic.json_schema import WithJsonSchema
 
 from service.api.context import Context
 from service.api.errors import ApiError, internal_error
 from service.api.request_log import current_record
-from service.api.schemas.fields import parse_budget_header
+from service.api.schemas.fields import SHARE_SCHEMA, parse_budget_header
 from service.api.schemas.generation import MOST_CHOICES, GenerationRequest
 from service.engine.budget import BudgetAboveMaximumError, ComputeBudget, Grant, grant
 from service.engine.engine_thread import EngineBusyError, EngineStoppedError, OutputStream
 from service.engine.sequence import FinishReason, SamplingParams, Sequence
 from service.keys import ApiKey
+
+BudgetHeader = Annotated[
+    str | None,
+    Header(description='A compute budget as JSON, also as `{"target": number, "min": number}`; the body wins.'),
+    WithJsonSchema(SHARE_SCHEMA),
+]
 
 _SCORED_PROMPTS = 2
 """How often ``max_prompt_bytes`` may be scored in one request: every position is an entry in the answer."""

@@ -8,12 +8,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
 
+from service.api.auth import KeyedRoute
 from service.api.context import Context, ContextDependency
 from service.api.errors import ERRORS, ApiError
 from service.api.requests import check_model, stopping
 from service.api.schemas.system import Health, ModelCard, ModelList, Version
 
-router = APIRouter(tags=["system"])
+router = APIRouter(tags=["system"], route_class=KeyedRoute)
 health_router = APIRouter(tags=["system"])
 """What orchestrators ask without a key."""
 
@@ -60,7 +61,7 @@ async def get_version() -> Version:
     return Version(version=version("rheostat"))
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=Response, responses=ERRORS)
 async def metrics(context: ContextDependency) -> Response:
     """All metrics in Prometheus' text format."""
     content, content_type = context.metrics.render()

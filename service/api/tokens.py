@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from service.api.auth import KeyedRoute
 from service.api.context import ContextDependency
 from service.api.errors import ERRORS
 from service.api.requests import check_length, check_model
 from service.api.schemas.system import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 
-router = APIRouter(tags=["tokens"], responses=ERRORS)
+router = APIRouter(tags=["tokens"], responses=ERRORS, route_class=KeyedRoute)
 
 
 @router.post("/tokenize")
