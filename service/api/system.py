@@ -11,6 +11,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from service.api.auth import KeyedRoute
 from service.api.context import Context, ContextDependency
 from service.api.errors import ERRORS, ApiError
+from service.api.openapi import with_limits
 from service.api.requests import check_model, stopping
 from service.api.schemas.system import Health, ModelCard, ModelList, Version
 
@@ -69,9 +70,9 @@ async def metrics(context: ContextDependency) -> Response:
 
 
 @router.get("/openapi.json", include_in_schema=False)
-async def schema(request: Request) -> JSONResponse:
-    """The API as an OpenAPI document."""
-    return JSONResponse(request.app.openapi())
+async def schema(request: Request, context: ContextDependency) -> JSONResponse:
+    """The API as an OpenAPI document, with the limits of this server."""
+    return JSONResponse(with_limits(request.app.openapi(), context.settings))
 
 
 @router.get("/docs", include_in_schema=False)
