@@ -15,7 +15,7 @@ from service.api.context import Context, ContextDependency
 from service.api.errors import ERRORS
 from service.api.generation import Generation, Identity, Piece
 from service.api.logprobs import chat_logprobs
-from service.api.requests import BudgetHeader, check_limits, check_model, choose_grant, sampling_params
+from service.api.requests import BudgetHeader, check_generated, check_limits, check_model, choose_grant, sampling_params
 from service.api.schemas.chat import (
     DEFAULT_LENGTH,
     AssistantMessage,
@@ -67,6 +67,7 @@ def build_sequences(
     # The template's stop strings are the end of an answer, which ignore_eos asks to go past.
     stops = body.stop if body.ignore_eos else (*body.stop, *TURN_STOPS)
     params = replace(sampling_params(body, max_tokens, stops), logprobs=body.top_logprobs if body.logprobs else None)
+    check_generated(context, "max_tokens", body.max_tokens or 0)  # also where the newer field wins
     check_limits(context, [prompt], body.n, params, field, prompt_field="messages")
     grant, arrived = choose_grant(context, key, body, budget_header), time.monotonic()
     return [Sequence(prompt, params.of_choice(choice), grant, arrived=arrived) for choice in range(body.n)]

@@ -108,9 +108,19 @@ def check_limits(
     if scored > _SCORED_PROMPTS * limit:
         message = f"logprobs: at most {_SCORED_PROMPTS * limit} prompt bytes are scored per request, not {scored}"
         raise ApiError(400, message, param="logprobs", code="context_length_exceeded")
-    if params.max_tokens > settings.max_tokens:
-        message = f"{length}: at most {settings.max_tokens} are generated per choice, not {params.max_tokens}"
-        raise ApiError(400, message, param=length)
+    check_generated(context, length, params.max_tokens)
+
+
+def check_generated(context: Context, param: str, count: int) -> None:
+    """Refuse to generate more than the server does.
+
+    Raises:
+        ApiError: 400.
+    """
+    limit = context.settings.max_tokens
+    if count > limit:
+        message = f"{param}: at most {limit} are generated per choice, not {count}"
+        raise ApiError(400, message, param=param)
 
 
 def check_length(context: Context, param: str, size: int) -> None:

@@ -8,7 +8,7 @@ from service.api.auth import KeyedRoute
 from service.api.context import ContextDependency
 from service.api.errors import ERRORS
 from service.api.requests import check_length, check_model
-from service.api.schemas.system import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from service.api.schemas.system import Detokenized, DetokenizeRequest, Tokenized, TokenizerInfo, TokenizeRequest
 
 router = APIRouter(tags=["tokens"], responses=ERRORS, route_class=KeyedRoute)
 
@@ -30,3 +30,9 @@ async def detokenize(body: DetokenizeRequest, context: ContextDependency) -> Det
     check_model(context, body.model)
     check_length(context, "tokens", len(body.tokens) - 1)
     return Detokenized(prompt=context.tokenizer.decode(body.tokens))
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info() -> TokenizerInfo:
+    """What the tokens are, for clients that ask the server instead of loading a tokenizer."""
+    return TokenizerInfo()

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, ConfigDict
 from pydantic.json_schema import WithJsonSchema
 
+from model.tokenizer import DOCUMENT, VOCAB_SIZE
 from service.api.schemas.fields import ApiModel, Request, Text
 from service.api.schemas.prompt import TOKEN_SCHEMA, parse_ids
 
@@ -76,6 +77,20 @@ class Detokenized(ApiModel):
     """Answer of `POST /detokenize`."""
 
     prompt: str
+
+
+class TokenizerInfo(ApiModel):
+    """Answer of `GET /tokenizer_info`: what clients that count tokens must know."""
+
+    tokenizer_class: Literal["ByteTokenizer"] = "ByteTokenizer"
+    vocab_size: int = VOCAB_SIZE
+    bos_token_id: int = DOCUMENT
+    """The separator that begins every prompt."""
+    eos_token_id: int = DOCUMENT
+    """The separator that ends a document."""
+    bos_token: None = None
+    """No text stands for the separator."""
+    eos_token: None = None
 
 
 class Version(ApiModel):

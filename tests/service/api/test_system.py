@@ -44,6 +44,12 @@ def test_the_version_is_that_of_the_package(server: Running) -> None:
     assert server.client.get("/version").json() == {"version": version("rheostat")}
 
 
+def test_the_tokenizer_says_which_ids_are_not_bytes(server: Running) -> None:
+    info = server.client.get("/tokenizer_info").json()
+    assert (info["vocab_size"], info["bos_token_id"], info["eos_token_id"]) == (257, 256, 256)
+    assert info["bos_token"] is info["eos_token"] is None
+
+
 def test_metrics_are_prometheus_text_of_this_server(server: Running) -> None:
     answer = server.client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=")
