@@ -24,6 +24,7 @@ BudgetHeader = Annotated[
     WithJsonSchema(SHARE_SCHEMA),
 ]
 
+_BUDGET_HEADER = "X-Compute-Budget"
 _SCORED_PROMPTS = 2
 """How often ``max_prompt_bytes`` may be scored in one request: every position is an entry in the answer."""
 
@@ -46,12 +47,11 @@ def choose_grant(context: Context, key: ApiKey | None, body: GenerationRequest, 
         ApiError: 400, the header is no budget; 403, the key's maximum does not allow it.
     """
     field, asked = "compute_budget", body.compute_budget
-    if asked is None and budget_header is not None:
-        field = "X-Compute-Budget"
-        try:
-            asked = parse_budget_header(budget_header)
-        except ValueError as error:
-            raise ApiError(400, f"{field}: {error}", param=field) from error
+    stated = (
+        None if budget_header is None else _checked(budget_header)
+    )  # a bad one is refused, even where the body wins
+    if asked is None and stated is not None:
+        field, asked = _BUDGET_HEADER, stated
     maximum = 1.0 if key is None else key.maximum_budget
     if asked is None:
         default = key.default_budget if key is not None else None
@@ -60,6 +60,13 @@ def choose_grant(context: Context, key: ApiKey | None, body: GenerationRequest, 
         return grant(asked, context.cost, maximum)
     except BudgetAboveMaximumError as error:
         raise ApiError(403, f"{field}: {error}", param=field, code="budget_above_maximum") from None
+
+
+def _checked(budget_header: str) -> ComputeBudget:
+    try:
+        return parse_budget_header(budget_header)
+    except ValueError as error:
+        raise ApiError(400, f"{_BUDGET_HEADER}: {error}", param=_BUDGET_HEADER) from error
 
 
 def sampling_params(body: GenerationRequest, max_tokens: int, stop: Collection[str]) -> SamplingParams:
