@@ -8,7 +8,7 @@ from service.api.auth import KeyedRoute
 from service.api.context import ContextDependency
 from service.api.errors import ERRORS
 from service.api.requests import check_length, check_model
-from service.api.schemas.system import Detokenized, DetokenizeRequest, Tokenized, TokenizerInfo, TokenizeRequest
+from service.api.schemas.system import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest, TokenizerInfo
 
 router = APIRouter(tags=["tokens"], responses=ERRORS, route_class=KeyedRoute)
 
