@@ -73,7 +73,7 @@ def test_a_wrong_key_and_a_wrong_budget_are_their_errors(server: Server, client:
 
 
 def test_a_refusal_for_haste_is_tried_again_when_the_server_says(tmp_path: Path) -> None:
-    """The client's own pause is half a second, then one: it would be refused more than once in the six that it takes."""
+    """The client's own pauses, half a second and one, would have it refused again before the six seconds are over."""
     slow_key = "clients-slow-0123456789"
     (tmp_path / "keys.toml").write_text(f'[slow]\nkey = "{slow_key}"\nrequests_per_minute = 10\n')
     ask = {"model": MODEL, "prompt": "x", "max_tokens": 1, "temperature": 0}
@@ -82,11 +82,15 @@ def test_a_refusal_for_haste_is_tried_again_when_the_server_says(tmp_path: Path)
         openai.OpenAI(base_url=f"{server.url}/v1", api_key=slow_key, max_retries=0) as client,
     ):
         with pytest.raises(openai.RateLimitError) as refused:
-            for _ in range(60):
-                client.completions.create(**ask)
+            exhaust(client, ask)
         assert refused.value.code == "rate_limit_exceeded"
         assert int(refused.value.response.headers["retry-after"]) >= 2
         answer = client.with_options(max_retries=2).completions.create(**ask)
         assert answer.usage.completion_tokens == 1
         assert server.metrics()["rheostat_request_rejected_total"] == 2
         server.check_idle()
+
+
+def exhaust(client: openai.OpenAI, ask: dict) -> None:
+    for _ in range(60):
+        client.completions.create(**ask)
