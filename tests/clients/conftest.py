@@ -29,13 +29,14 @@ class Server:
     process: subprocess.Popen[str]
 
     def metrics(self) -> dict[str, float]:
-        """Sum of each metric over its labels."""
+        """The value of each metric with each set of labels, and under the bare name the sum over them."""
         totals: dict[str, float] = {}
         headers = {"Authorization": f"Bearer {KEY}"}
         for line in httpx.get(f"{self.url}/metrics", headers=headers).text.splitlines():
             if not line.startswith("#"):
                 name, _, value = line.rpartition(" ")
-                totals[name.split("{")[0]] = totals.get(name.split("{")[0], 0.0) + float(value)
+                for key in {name, name.split("{")[0]}:
+                    totals[key] = totals.get(key, 0.0) + float(value)
         return totals
 
     def check_idle(self) -> None:
