@@ -13,7 +13,7 @@ AIPERF_BIN = Path(os.environ["AIPERF_BIN"])
 
 
 def test_guidellm(server: Server, tmp_path: Path) -> None:
-    """Its report was once written with the last request still in progress, so that all six are counted at the server."""
+    """Its report was once written with the last request in progress, so that all six are counted at the server."""
     before = server.metrics()
     prompts, report = tmp_path / "prompts.txt", tmp_path / "report.json"
     prompts.write_text("".join(f"How many lines does file {number} have?\n" for number in range(8)))
