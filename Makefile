@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 CLIENTS := .venv-clients
+AIPERF := .venv-aiperf
 
 .PHONY: serve test test-clients check format bench clean
 
@@ -15,12 +16,16 @@ test: check  ## Set up if needed, and run every check and test.
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage report --skip-covered --skip-empty
 
-test-clients: $(VENV)/.serve $(CLIENTS)/.installed  ## Real clients against a real server, in an environment of their own.
-	SERVER_BIN=$(abspath $(BIN)) $(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini --rootdir . tests/clients
+test-clients: $(VENV)/.serve $(CLIENTS)/.installed $(AIPERF)/.installed  ## Real clients against a real server, in environments of their own.
+	SERVER_BIN=$(abspath $(BIN)) AIPERF_BIN=$(abspath $(AIPERF)/bin) \
+		$(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini --rootdir . tests/clients
 
+# .venv-clients from requirements.txt, .venv-aiperf from requirements-aiperf.txt.
 $(CLIENTS)/.installed: tests/clients/requirements.txt
-	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install --disable-pip-version-check --quiet --requirement $<
+$(AIPERF)/.installed: tests/clients/requirements-aiperf.txt
+$(CLIENTS)/.installed $(AIPERF)/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --disable-pip-version-check --quiet --requirement $<
 	touch $@
 
 check: $(VENV)/.develop  ## Format, lint, import rule, strict types.
@@ -37,7 +42,7 @@ bench: $(VENV)/.develop  ## Compute, prefill time and decode time per budget, as
 	$(BIN)/python -m benchmarks.budget_latency --json
 
 clean:  ## Remove the environment and caches.
-	rm -rf $(VENV) build *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(AIPERF) build *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Rheostat needs Python 3.11 or newer, this is " + sys.version)'

@@ -94,6 +94,10 @@ class SubwordTokenizer(Tokenizer):
             return name_bytes(self._contents[token])
         return self._special.get(token, f"<|{token}|>")
 
+    def token_text(self, token: int) -> str | None:
+        """A special token as it is written; None for subwords, which a text does not always come apart into."""
+        return self._special.get(token)
+
 
 def _read_vocabulary(library: tokenizers.Tokenizer, vocab_size: int) -> tuple[list[bytes], dict[int, str]]:
     """The bytes of every id, none where it has no text; and how special tokens are written."""

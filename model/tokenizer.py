@@ -59,6 +59,10 @@ class Tokenizer(ABC):
     def token_name(self, token: int) -> str:
         """A token as a string of its own, where bytes may be no text."""
 
+    @abstractmethod
+    def token_text(self, token: int) -> str | None:
+        """What is read as this token, wherever it stands in a text; None where nothing is."""
+
     def encode(self, text: str) -> list[int]:
         """The prompt that ``text`` is. Raises as :meth:`tokens`."""
         return self.begin(self.tokens(text), text=True)
@@ -109,6 +113,10 @@ class ByteTokenizer(Tokenizer):
     def token_name(self, token: int) -> str:
         """ASCII as it is, a byte of a longer character as ``bytes:\\xe2``."""
         return "<|document|>" if token == DOCUMENT else name_bytes(bytes([token]))
+
+    def token_text(self, token: int) -> str | None:
+        """An ASCII character; None for the separator, and for parts of longer characters."""
+        return chr(token) if token < 128 else None
 
 
 def name_bytes(content: bytes) -> str:

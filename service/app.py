@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import Depends, FastAPI
-from fastapi.params import Depends as Dependency
 from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
@@ -15,7 +14,6 @@ from model.device import core_count
 from model.lm import AdaptiveAttentionSystem
 from model.tokenizer import ByteTokenizer, Tokenizer
 from service.api import chat, completions, system, tilings, tokens
-from service.api.auth import authenticate, limit_rate
 from service.api.body_limit import BodyLimit
 from service.api.context import Context
 from service.api.errors import install_error_handlers
@@ -97,15 +95,11 @@ def _make_engine(settings: Settings, model: AdaptiveAttentionSystem, metrics: Me
 
 
 def _add_routes(app: FastAPI, *, secured: bool) -> None:
-    """Health is open. Everything else asks for a key, and whatever uses the model counts against its rate."""
+    """Health is open. The routes of every other router ask for a key, if the server has any."""
     described = [Depends(HTTPBearer(auto_error=False))] if secured else []  # for the schema only
-    known: list[Dependency] = [Depends(authenticate), *described]
-    counted: list[Dependency] = [Depends(limit_rate), *described]
     app.include_router(system.health_router)
-    for module in (system, tokens):
-        app.include_router(module.router, dependencies=known)
-    for module in (completions, chat, tilings):
-        app.include_router(module.router, dependencies=counted)
+    for module in (system, tokens, completions, chat, tilings):
+        app.include_router(module.router, dependencies=described)
 
 
 def _add_layers(app: FastAPI, settings: Settings) -> None:

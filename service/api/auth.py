@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Response
+from fastapi.routing import APIRoute
 
-from service.api.context import ContextDependency
+from service.api.context import Context, get_context
 from service.api.errors import ApiError
 from service.api.request_log import current_record
 from service.keys import ApiKey
 
 
-async def authenticate(request: Request, context: ContextDependency) -> ApiKey | None:
+def authenticate(request: Request, context: Context) -> ApiKey | None:
     """The key that a request came with (``Authorization: Bearer ...``); None where the server has no keys.
 
     Raises:
@@ -31,10 +33,7 @@ async def authenticate(request: Request, context: ContextDependency) -> ApiKey |
     return key
 
 
-KeyDependency = Annotated[ApiKey | None, Depends(authenticate)]
-
-
-async def limit_rate(key: KeyDependency, context: ContextDependency) -> None:
+def limit_rate(key: ApiKey | None, context: Context) -> None:
     """Count a request against its key's rate.
 
     Raises:
@@ -53,3 +52,41 @@ async def limit_rate(key: KeyDependency, context: ContextDependency) -> None:
         message = f"this API key may send {key.requests_per_minute} requests per minute; try again later"
         retry = {"Retry-After": str(math.ceil(allowance.retry_seconds))}
         raise ApiError(429, message, code="rate_limit_exceeded", headers=retry)
+
+
+class KeyedRoute(APIRoute):
+    """A route that asks for a key, before anything is made of the body."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler, behind :meth:`admit`."""
+        handle = super().get_route_handler()
+
+        async def admitted(request: Request) -> Response:
+            self.admit(request)
+            return await handle(request)
+
+        return admitted
+
+    @staticmethod
+    def admit(request: Request) -> None:
+        """Let a request in, and note its key. Raises as :func:`authenticate`."""
+        request.state.key = authenticate(request, get_context(request))
+
+
+class CountedRoute(KeyedRoute):
+    """A route that uses the model, and counts against the key's rate."""
+
+    @staticmethod
+    def admit(request: Request) -> None:
+        """As for any key, and raises as :func:`limit_rate`."""
+        KeyedRoute.admit(request)
+        limit_rate(request.state.key, get_context(request))
+
+
+def admitted_key(request: Request) -> ApiKey | None:
+    """The key that a request was let in with."""
+    key: ApiKey | None = request.state.key
+    return key
+
+
+KeyDependency = Annotated[ApiKey | None, Depends(admitted_key)]

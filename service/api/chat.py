@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Annotated
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from model.tokenizer import Tokenizer
-from service.api.auth import KeyDependency
+from service.api.auth import CountedRoute, KeyDependency
 from service.api.context import Context, ContextDependency
 from service.api.errors import ERRORS
 from service.api.generation import Generation, Identity, Piece
 from service.api.logprobs import chat_logprobs
-from service.api.requests import check_limits, check_model, choose_grant, make_choices, sampling_params
+from service.api.requests import (
+    BudgetHeader,
+    check_generated,
+    check_limits,
+    check_model,
+    choose_grant,
+    make_choices,
+    sampling_params,
+)
 from service.api.schemas.chat import (
     DEFAULT_LENGTH,
     AssistantMessage,
@@ -35,7 +42,7 @@ from service.api.template import TURN_STOPS, render
 from service.engine.sequence import Sequence
 from service.keys import ApiKey
 
-router = APIRouter(tags=["generation"])
+router = APIRouter(tags=["generation"], route_class=CountedRoute)
 
 
 @router.post(
@@ -46,7 +53,7 @@ async def create_chat_completion(
     body: ChatRequest,
     context: ContextDependency,
     key: KeyDependency,
-    x_compute_budget: Annotated[str | None, Header(description="A compute budget, as JSON; the body wins.")] = None,
+    x_compute_budget: BudgetHeader = None,
 ) -> Response:
     """Generate the assistant's next message within a compute budget; streamed on request."""
     check_model(context, body.model)
@@ -69,6 +76,7 @@ def build_sequences(
     # The template's stop strings are the end of an answer, which ignore_eos asks to go past.
     stops = body.stop if body.ignore_eos else (*body.stop, *TURN_STOPS)
     params = replace(sampling_params(body, max_tokens, stops), logprobs=body.top_logprobs if body.logprobs else None)
+    check_generated(context, "max_tokens", body.max_tokens or 0)  # also where the newer field wins
     check_limits(context, [prompt], body.n, params, field, prompt_field="messages")
     return make_choices(context, prompt, params, body, key, choose_grant(context, key, body, budget_header))
 

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Annotated
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from model.tokenizer import Tokenizer
-from service.api.auth import KeyDependency
+from service.api.auth import CountedRoute, KeyDependency
 from service.api.context import Context, ContextDependency
 from service.api.errors import ERRORS
 from service.api.generation import Generation, Identity, Piece
 from service.api.logprobs import LogprobsBuilder
-from service.api.requests import check_ids, check_limits, check_model, choose_grant, make_choices, sampling_params
+from service.api.requests import (
+    BudgetHeader,
+    check_ids,
+    check_limits,
+    check_model,
+    choose_grant,
+    make_choices,
+    sampling_params,
+)
 from service.api.schemas.completions import DEFAULT_LENGTH, Choice, Completion, CompletionRequest
 from service.api.schemas.generation import Usage
 from service.api.schemas.prompt import Prompt
@@ -25,7 +32,7 @@ from service.api.streaming import stream_responses
 from service.engine.sequence import Sequence
 from service.keys import ApiKey
 
-router = APIRouter(tags=["generation"])
+router = APIRouter(tags=["generation"], route_class=CountedRoute)
 
 
 @router.post("/v1/completions", response_model=None, responses=stream_responses(Completion) | ERRORS)
@@ -34,7 +41,7 @@ async def create_completion(
     body: CompletionRequest,
     context: ContextDependency,
     key: KeyDependency,
-    x_compute_budget: Annotated[str | None, Header(description="A compute budget, as JSON; the body wins.")] = None,
+    x_compute_budget: BudgetHeader = None,
 ) -> Response:
     """Generate text after one or several prompts within a compute budget; streamed on request."""
     check_model(context, body.model)

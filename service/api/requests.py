@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection
+from typing import Annotated
+
+from fastapi import Header
+from pydantic.json_schema import WithJsonSchema
 
 from service.api.context import Context
 from service.api.errors import ApiError, internal_error
 from service.api.request_log import current_record
-from service.api.schemas.fields import parse_budget_header
+from service.api.schemas.fields import SHARE_SCHEMA, parse_budget_header
 from service.api.schemas.generation import MOST_CHOICES, GenerationRequest
 from service.engine.budget import BudgetAboveMaximumError, ComputeBudget, Grant, grant
 from service.engine.engine_thread import EngineBusyError, EngineStoppedError, OutputStream
@@ -19,6 +23,13 @@ from service.keys import ApiKey
 LONGEST_RETRY = 60
 """Seconds that a client is told to wait, at most."""
 
+BudgetHeader = Annotated[
+    str | None,
+    Header(description='A compute budget as JSON, also as `{"target": number, "min": number}`; the body wins.'),
+    WithJsonSchema(SHARE_SCHEMA),
+]
+
+_BUDGET_HEADER = "X-Compute-Budget"
 _SCORED_PROMPTS = 2
 """How often ``max_prompt_bytes`` may be scored in one request: every position is an entry in the answer."""
 
@@ -41,12 +52,11 @@ def choose_grant(context: Context, key: ApiKey | None, body: GenerationRequest, 
         ApiError: 400, the header is no budget; 403, the key's maximum does not allow it.
     """
     field, asked = "compute_budget", body.compute_budget
-    if asked is None and budget_header is not None:
-        field = "X-Compute-Budget"
-        try:
-            asked = parse_budget_header(budget_header)
-        except ValueError as error:
-            raise ApiError(400, f"{field}: {error}", param=field) from error
+    stated = (
+        None if budget_header is None else _checked(budget_header)
+    )  # a bad one is refused, even where the body wins
+    if asked is None and stated is not None:
+        field, asked = _BUDGET_HEADER, stated
     maximum = 1.0 if key is None else key.maximum_budget
     if asked is None:
         default = key.default_budget if key is not None else None
@@ -55,6 +65,13 @@ def choose_grant(context: Context, key: ApiKey | None, body: GenerationRequest, 
         return grant(asked, context.cost, maximum)
     except BudgetAboveMaximumError as error:
         raise ApiError(403, f"{field}: {error}", param=field, code="budget_above_maximum") from None
+
+
+def _checked(budget_header: str) -> ComputeBudget:
+    try:
+        return parse_budget_header(budget_header)
+    except ValueError as error:
+        raise ApiError(400, f"{_BUDGET_HEADER}: {error}", param=_BUDGET_HEADER) from error
 
 
 def sampling_params(body: GenerationRequest, max_tokens: int, stop: Collection[str]) -> SamplingParams:
@@ -131,9 +148,19 @@ def check_limits(
         unit = context.tokenizer.unit
         message = f"logprobs: at most {_SCORED_PROMPTS * limit} prompt {unit}s are scored per request, not {scored}"
         raise ApiError(400, message, param="logprobs", code="context_length_exceeded")
-    if params.max_tokens > settings.max_tokens:
-        message = f"{length}: at most {settings.max_tokens} are generated per choice, not {params.max_tokens}"
-        raise ApiError(400, message, param=length)
+    check_generated(context, length, params.max_tokens)
+
+
+def check_generated(context: Context, param: str, count: int) -> None:
+    """Refuse to generate more than the server does.
+
+    Raises:
+        ApiError: 400.
+    """
+    limit = context.settings.max_tokens
+    if count > limit:
+        message = f"{param}: at most {limit} are generated per choice, not {count}"
+        raise ApiError(400, message, param=param)
 
 
 def check_ids(context: Context, param: str, ids: Collection[int]) -> None:

@@ -28,12 +28,13 @@ def event(content: BaseModel | Mapping[str, Any], *, drop: frozenset[str] = froz
 def stream_responses(whole: type[BaseModel], chunk: type[BaseModel] | None = None) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI entry of a route that answers with ``whole``, or with a stream of ``chunk`` (default: the same)."""
     name = (chunk or whole).__name__
-    text = f"Events: `data: ` and a `{name}` each, an empty line after each, `data: [DONE]` at the end."
+    data = {"type": "string", "description": f"A `{name}` or, in a stream that fails, an error; at the end `[DONE]`."}
+    event = {"type": "object", "description": "One event.", "properties": {"data": data}, "required": ["data"]}
     return {
         200: {
             "model": whole | chunk if chunk else whole,
             "description": "The answer; with `stream`, server-sent events.",
-            "content": {"text/event-stream": {"schema": {"type": "string", "description": text}}},
+            "content": {"text/event-stream": {"schema": event}},
         }
     }
 

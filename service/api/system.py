@@ -8,12 +8,14 @@ from fastapi import APIRouter, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
 
+from service.api.auth import KeyedRoute
 from service.api.context import Context, ContextDependency
 from service.api.errors import ERRORS, ApiError
+from service.api.openapi import with_limits
 from service.api.requests import check_model, stopping
 from service.api.schemas.system import Health, ModelCard, ModelList, Version
 
-router = APIRouter(tags=["system"])
+router = APIRouter(tags=["system"], route_class=KeyedRoute)
 health_router = APIRouter(tags=["system"])
 """What orchestrators ask without a key."""
 
@@ -60,7 +62,7 @@ async def get_version() -> Version:
     return Version(version=version("rheostat"))
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=Response, responses=ERRORS)
 async def metrics(context: ContextDependency) -> Response:
     """All metrics in Prometheus' text format."""
     content, content_type = context.metrics.render()
@@ -68,9 +70,9 @@ async def metrics(context: ContextDependency) -> Response:
 
 
 @router.get("/openapi.json", include_in_schema=False)
-async def schema(request: Request) -> JSONResponse:
-    """The API as an OpenAPI document."""
-    return JSONResponse(request.app.openapi())
+async def schema(request: Request, context: ContextDependency) -> JSONResponse:
+    """The API as an OpenAPI document, with the limits of this server."""
+    return JSONResponse(with_limits(request.app.openapi(), context.settings, context.tokenizer.vocab_size))
 
 
 @router.get("/docs", include_in_schema=False)

@@ -16,6 +16,7 @@ from model.adaptive.density import FEATURES
 from model.cost import CostModel
 from model.evaluation.tilings import PieceAnalysis, TilingPlan
 from model.ops.tiling import Bytes, Floats
+from service.api.auth import CountedRoute
 from service.api.context import Context, ContextDependency
 from service.api.errors import ERRORS
 from service.api.generation import respond_whole
@@ -33,7 +34,7 @@ from service.engine.budget import ComputeBudget, Grant, Reason, grant
 from service.engine.engine_thread import OutputStream
 from service.engine.sequence import SamplingParams, Sequence
 
-router = APIRouter(tags=["analysis"])
+router = APIRouter(tags=["analysis"], route_class=CountedRoute)
 
 
 @router.post("/v1/tilings", response_model=None, responses={200: {"model": Tilings}, **ERRORS})

@@ -5,12 +5,13 @@ from __future__ import annotations
 from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
 
+from service.api.auth import KeyedRoute
 from service.api.context import ContextDependency
 from service.api.errors import ERRORS
 from service.api.requests import check_ids, check_length, check_model
-from service.api.schemas.system import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from service.api.schemas.system import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest, TokenizerInfo
 
-router = APIRouter(tags=["tokens"], responses=ERRORS)
+router = APIRouter(tags=["tokens"], responses=ERRORS, route_class=KeyedRoute)
 
 
 @router.post("/tokenize")
@@ -31,3 +32,22 @@ async def detokenize(body: DetokenizeRequest, context: ContextDependency) -> Det
     check_length(context, "tokens", body.tokens)
     check_ids(context, "tokens", body.tokens)
     return Detokenized(prompt=context.tokenizer.decode(body.tokens))
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(context: ContextDependency) -> TokenizerInfo:
+    """What the tokens are, for clients that ask the server instead of loading a tokenizer."""
+    tokenizer = context.tokenizer
+    end = min(tokenizer.ends, default=None)
+
+    def text(token: int | None) -> str | None:
+        return tokenizer.token_text(token) if token is not None else None
+
+    return TokenizerInfo(
+        tokenizer_class=type(tokenizer).__name__,
+        vocab_size=tokenizer.vocab_size,
+        bos_token_id=tokenizer.start,
+        eos_token_id=end,
+        bos_token=text(tokenizer.start),
+        eos_token=text(end),
+    )

@@ -7,13 +7,15 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
 
+ROOT = Path(__file__).parents[2]
 BIN = Path(os.environ["SERVER_BIN"])
 KEY = "clients-0123456789abcdef"
 MODEL = "rheostat-small"
@@ -27,13 +29,14 @@ class Server:
     process: subprocess.Popen[str]
 
     def metrics(self) -> dict[str, float]:
-        """Sum of each metric over its labels."""
+        """The value of each metric with each set of labels, and under the bare name the sum over them."""
         totals: dict[str, float] = {}
         headers = {"Authorization": f"Bearer {KEY}"}
         for line in httpx.get(f"{self.url}/metrics", headers=headers).text.splitlines():
             if not line.startswith("#"):
                 name, _, value = line.rpartition(" ")
-                totals[name.split("{")[0]] = totals.get(name.split("{")[0], 0.0) + float(value)
+                for key in {name, name.split("{")[0]}:
+                    totals[key] = totals.get(key, 0.0) + float(value)
         return totals
 
     def check_idle(self) -> None:
@@ -48,18 +51,39 @@ class Server:
         assert httpx.get(f"{self.url}/health").status_code == 200
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("server") / "log"
-    options = ["--port", "0", "--log-format", "text", "--max-tokens", "512", "--max-prompt-bytes", "8192"]
-    environment = os.environ | {"RHEOSTAT_API_KEY": KEY}
+@contextmanager
+def serving(folder: Path, *options: str) -> Iterator[Server]:
+    """``rheostat serve`` with these options on a free port, its log in ``folder``, and ``KEY`` among its keys."""
+    log = folder / "log"
+    command = [BIN / "rheostat", "serve", "--port", "0", "--log-format", "text", *options]
     with log.open("w") as output:
-        process = subprocess.Popen([BIN / "rheostat", "serve", *options], stderr=output, env=environment, text=True)
+        process = subprocess.Popen(command, stderr=output, env=os.environ | {"RHEOSTAT_API_KEY": KEY}, text=True)
     try:
         yield Server(_address(process, log), process)
     finally:
         process.terminate()
         assert process.wait(60) == -signal.SIGTERM
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("server"), "--max-tokens", "512", "--max-prompt-bytes", "8192") as running:
+        yield running
+
+
+def run(command: list[str | Path], seconds: float, environment: Mapping[str, str] | None = None) -> str:
+    """What a client prints. The test fails if its exit status is not 0, or it takes longer."""
+    done = subprocess.run(
+        command,
+        env=os.environ | dict(environment or {}),
+        cwd=ROOT,
+        timeout=seconds,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout[-8000:]
+    return done.stdout
 
 
 def _address(process: subprocess.Popen[str], log: Path) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
 
-from tests.clients.conftest import KEY, MODEL, Server
+from tests.clients.conftest import KEY, MODEL, Server, serving
 
 BUDGET = {"compute_budget": 0.5, "ignore_eos": True}
 MESSAGES = [{"role": "user", "content": "What does a parser do?"}]
@@ -69,3 +70,27 @@ def test_a_wrong_key_and_a_wrong_budget_are_their_errors(server: Server, client:
     with pytest.raises(openai.BadRequestError) as error:
         client.completions.create(model=MODEL, prompt="x", extra_body={"compute_budget": 0})
     assert error.value.param == "compute_budget"
+
+
+def test_a_refusal_for_haste_is_tried_again_when_the_server_says(tmp_path: Path) -> None:
+    """The client's own pauses, half a second and one, would have it refused again before the six seconds are over."""
+    slow_key = "clients-slow-0123456789"
+    (tmp_path / "keys.toml").write_text(f'[slow]\nkey = "{slow_key}"\nrequests_per_minute = 10\n')
+    ask = {"model": MODEL, "prompt": "x", "max_tokens": 1, "temperature": 0}
+    with (
+        serving(tmp_path, "--keys-file", str(tmp_path / "keys.toml")) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key=slow_key, max_retries=0) as client,
+    ):
+        with pytest.raises(openai.RateLimitError) as refused:
+            exhaust(client, ask)
+        assert refused.value.code == "rate_limit_exceeded"
+        assert int(refused.value.response.headers["retry-after"]) >= 2
+        answer = client.with_options(max_retries=2).completions.create(**ask)
+        assert answer.usage.completion_tokens == 1
+        assert server.metrics()["rheostat_request_rejected_total"] == 2
+        server.check_idle()
+
+
+def exhaust(client: openai.OpenAI, ask: dict) -> None:
+    for _ in range(60):
+        client.completions.create(**ask)

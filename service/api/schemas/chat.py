@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from service.api.schemas.fields import ApiModel, Request, Text, refusal
-from service.api.schemas.generation import LARGEST, NEUTRAL, GenerationRequest, Usage
+from service.api.schemas.fields import ApiModel, Request, Text, implies, refusal
+from service.api.schemas.generation import LARGEST, NEUTRAL, RULES, GenerationRequest, Usage
 from service.engine.sequence import ComputeUsage
 
 MOST_MESSAGES = 1024
@@ -50,7 +50,8 @@ class ChatRequest(GenerationRequest):
                     "max_completion_tokens": 64,
                     "compute_budget": 0.5,
                 }
-            ]
+            ],
+            "allOf": [*RULES, implies("top_logprobs", {"type": "integer", "minimum": 1}, "logprobs")],
         }
     )
     NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = dict(NEUTRAL) | {
@@ -67,6 +68,7 @@ class ChatRequest(GenerationRequest):
     }
 
     messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    """The conversation so far; as one text, at most as many bytes as a prompt may have."""
     max_completion_tokens: int | None = Field(default=None, ge=1, le=LARGEST)
     """Tokens to generate; 256, or the server's limit if that is lower."""
     max_tokens: int | None = Field(default=None, ge=1, le=LARGEST)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
-from service.api.schemas.fields import ApiModel, refusal
-from service.api.schemas.generation import LARGEST, MOST_CHOICES, NEUTRAL, GenerationRequest, Usage
+from service.api.schemas.fields import ApiModel, implies, refusal
+from service.api.schemas.generation import LARGEST, MOST_CHOICES, NEUTRAL, RULES, GenerationRequest, Usage
 from service.api.schemas.prompt import Prompts
 from service.engine.sequence import ComputeUsage
 
@@ -23,7 +24,8 @@ class CompletionRequest(GenerationRequest):
             "examples": [
                 {"prompt": "def parse(line):\n", "max_tokens": 64, "temperature": 0, "compute_budget": 0.5},
                 {"prompt": [[256, 97, 98], [256, 99]], "max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0},
-            ]
+            ],
+            "allOf": [*RULES, implies("max_tokens", {"const": 0}, "echo")],
         }
     )
     NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = dict(NEUTRAL) | {"prompt_logprobs": (0,), "suffix": ("",)}
@@ -37,8 +39,8 @@ class CompletionRequest(GenerationRequest):
     """Return the prompt in front of the text."""
     logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
     """Report the log-probability of each token and of so many of the most probable; with `echo`, of the prompt too."""
-    best_of: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
-    """Only as `n`: there is no choosing between more."""
+    best_of: SkipJsonSchema[int | None] = Field(default=None, ge=1, le=MOST_CHOICES)
+    """Only as `n`: there is no choosing between more. Not in the schema, which cannot say so."""
 
     @model_validator(mode="after")
     def _built(self) -> CompletionRequest:

@@ -38,7 +38,7 @@ class Request(BaseModel):
     def _known(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        data = {name: value for name, value in data.items() if value is not None}
+        data = {name: whole(value) for name, value in data.items() if value is not None}
         for name, value in data.items():
             if "budget" in name.lower() and name not in cls.model_fields:
                 shown = name[:40].encode("utf-8", "replace").decode("utf-8")
@@ -64,6 +64,11 @@ class Request(BaseModel):
         return described
 
 
+def whole(value: Any) -> Any:
+    """JSON has one kind of number, in which 2.0 is the integer 2; anything but such a number is returned as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _same(value: object, other: object) -> bool:
     """Equal, and not a boolean beside a number."""
     return value == other and isinstance(value, bool) == isinstance(other, bool)
@@ -72,6 +77,14 @@ def _same(value: object, other: object) -> bool:
 def refusal(param: str, message: str) -> PydanticCustomError:
     """An error about the request as a whole, with the field that it is about."""
     return PydanticCustomError("refused", "{message}", {"message": message, "param": param})
+
+
+def implies(field: str, value: JsonSchemaValue, other: str) -> JsonSchemaValue:
+    """The JSON schema of a rule: where ``field`` is like ``value``, ``other`` is true."""
+    return {
+        "if": {"properties": {field: value}, "required": [field]},
+        "then": {"properties": {other: {"const": True}}, "required": [other]},
+    }
 
 
 def as_text(value: str) -> str:
@@ -141,7 +154,7 @@ def _parse_stop(value: object) -> tuple[str, ...]:
 
 
 _STOP_SCHEMA = {"type": "string", "minLength": 1, "maxLength": LONGEST_STOP}
-_SHARE_SCHEMA = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+SHARE_SCHEMA = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 
 Text = Annotated[str, AfterValidator(as_text)]
 
@@ -157,10 +170,10 @@ Budget = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                _SHARE_SCHEMA,
+                SHARE_SCHEMA,
                 {
                     "type": "object",
-                    "properties": {"target": _SHARE_SCHEMA, "min": _SHARE_SCHEMA},
+                    "properties": {"target": SHARE_SCHEMA, "min": SHARE_SCHEMA},
                     "required": ["target"],
                     "additionalProperties": False,
                 },

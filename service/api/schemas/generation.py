@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from pydantic import Field, model_validator
 
-from service.api.schemas.fields import ApiModel, Budget, Request, StopStrings, refusal
+from service.api.schemas.fields import ApiModel, Budget, Request, StopStrings, implies, refusal
 from service.engine.sequence import ComputeUsage
 
 MOST_CHOICES = 128
@@ -30,6 +30,10 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "use_beam_search": (False,),
     }
 )
+
+
+RULES = (implies("stream_options", {"type": "object"}, "stream"),)
+"""What holds between fields, as JSON schema."""
 
 
 class StreamOptions(Request):

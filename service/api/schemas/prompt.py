@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import BeforeValidator
 from pydantic.json_schema import WithJsonSchema
 
-from service.api.schemas.fields import as_text
+from service.api.schemas.fields import as_text, whole
 
 MOST_PROMPTS = 128
 
@@ -22,7 +22,7 @@ def parse_ids(value: Sequence[object]) -> tuple[int, ...]:
     Raises:
         ValueError: an element is no integer. Which integers the model has is for the route to check.
     """
-    ids = tuple(token for token in value if isinstance(token, int) and not isinstance(token, bool))
+    ids = tuple(token for token in map(whole, value) if isinstance(token, int) and not isinstance(token, bool))
     if len(ids) != len(value):
         raise ValueError("token ids must be integers")
     return ids
@@ -33,7 +33,7 @@ def _parse_prompt(value: object) -> list[Prompt]:
         return [as_text(value)]
     if not isinstance(value, list) or not value:
         raise ValueError("must be a string, a list of strings, a list of token ids, or a list of such lists")
-    if isinstance(value[0], int):
+    if isinstance(value[0], int | float):
         return [parse_ids(value)]
     if len(value) > MOST_PROMPTS:
         raise ValueError(f"at most {MOST_PROMPTS} prompts are taken, not {len(value)}")

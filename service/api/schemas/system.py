@@ -78,6 +78,21 @@ class Detokenized(ApiModel):
     prompt: str
 
 
+class TokenizerInfo(ApiModel):
+    """Answer of `GET /tokenizer_info`: what clients that count tokens must know."""
+
+    tokenizer_class: str
+    """`ByteTokenizer`, or `SubwordTokenizer` of a converted model."""
+    vocab_size: int
+    bos_token_id: int
+    """The token that begins a prompt where nothing else does."""
+    eos_token_id: int | None
+    """A token that ends an answer; null where none does."""
+    bos_token: str | None
+    """Its text; null where no text stands for it, as for the separator of a model of bytes."""
+    eos_token: str | None
+
+
 class Version(ApiModel):
     """Answer of `GET /version`."""
 

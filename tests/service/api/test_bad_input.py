@@ -63,7 +63,14 @@ def test_a_form_is_refused(server: Running) -> None:
 
 def test_a_bad_budget_header_is_named(server: Running) -> None:
     for value in ("half", "0", "NaN", "[1]", "[" * 5000):
-        assert refused(server, {"prompt": "x"}, **{"X-Compute-Budget": value})["param"] == "X-Compute-Budget"
+        for body in ({"prompt": "x"}, {"prompt": "x", "compute_budget": 0.5}):
+            assert refused(server, body, **{"X-Compute-Budget": value})["param"] == "X-Compute-Budget"
+
+
+def test_a_whole_number_is_an_integer_however_it_is_written(server: Running) -> None:
+    whole = server.complete(prompt=[104, 105], max_tokens=2, seed=1, temperature=1)
+    written = server.complete(prompt=[104.0, 1.05e2], max_tokens=2.0, seed=1.0, temperature=1)
+    assert written["choices"] == whole["choices"]
 
 
 def test_an_unknown_model_is_not_found(server: Running) -> None:

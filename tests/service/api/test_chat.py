@@ -149,6 +149,7 @@ def test_log_probabilities_of_a_message(server: Running) -> None:
         ({"messages": [{"role": "user", "content": "x" * 2000}]}, "messages"),
         ({"messages": MESSAGES * 513}, "messages"),
         ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": 201}, "max_tokens"),
+        ({"max_tokens": 201, "max_completion_tokens": 4}, "max_tokens"),
         ({"max_completion_tokens": 201}, "max_completion_tokens"), ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": 1}, "logprobs"), ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"echo": True}, "echo"), ({"continue_final_message": True}, "continue_final_message"),

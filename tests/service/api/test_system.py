@@ -44,6 +44,12 @@ def test_the_version_is_that_of_the_package(server: Running) -> None:
     assert server.client.get("/version").json() == {"version": version("rheostat")}
 
 
+def test_the_tokenizer_says_which_ids_are_not_bytes(server: Running) -> None:
+    info = server.client.get("/tokenizer_info").json()
+    assert (info["vocab_size"], info["bos_token_id"], info["eos_token_id"]) == (257, 256, 256)
+    assert info["bos_token"] is info["eos_token"] is None
+
+
 def test_metrics_are_prometheus_text_of_this_server(server: Running) -> None:
     answer = server.client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=")
@@ -85,6 +91,27 @@ def test_bad_tokens_are_named(server: Running, path: str, body: dict, param: str
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
+def test_the_openapi_document_has_the_limits_of_the_server(server: Running) -> None:
+    schemas = server.client.get("/openapi.json").json()["components"]["schemas"]
+
+    def field(schema: str, name: str) -> dict:
+        found = schemas[schema]["properties"][name]
+        options = [option for option in found.get("anyOf", [found]) if option["type"] != "null"]
+        return options[0] if len(options) == 1 else {option["type"]: option for option in options}
+
+    settings = server.context.settings
+    for name in ("max_tokens", "max_completion_tokens"):
+        assert field("ChatRequest", name)["maximum"] == settings.max_tokens
+    assert field("CompletionRequest", "max_tokens")["maximum"] == settings.max_tokens
+    texts, ids, lists = (schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"][place] for place in (1, 2, 3))
+    assert texts["items"]["maxLength"] == ids["maxItems"] == lists["items"]["maxItems"] == settings.max_prompt_bytes
+    assert texts["maxItems"] == lists["maxItems"] == 128
+    assert ids["items"]["maximum"] == lists["items"]["items"]["maximum"] == 256
+    assert field("TokenizeRequest", "prompt")["maxLength"] == settings.max_prompt_bytes
+    assert field("TilingsRequest", "text")["maxLength"] == settings.max_prompt_bytes
+    assert field("DetokenizeRequest", "tokens")["maxItems"] == settings.max_prompt_bytes + 1
+
+
 def test_the_openapi_document_describes_every_route_and_field(server: Running) -> None:
     document = server.client.get("/openapi.json").json()
     routes = {(method, path) for path, methods in document["paths"].items() for method in methods}
@@ -102,7 +129,7 @@ def test_the_openapi_document_describes_every_route_and_field(server: Running) -
         assert schemas[name]["examples"], name
     for name in ("CompletionRequest", "ChatRequest"):
         for field, schema in schemas[name]["properties"].items():
-            assert "description" in schema or field in ("messages",), (name, field)
+            assert "description" in schema, (name, field)
     for name, path in (("CompletionRequest", "completions"), ("ChatRequest", "chat/completions")):
         for example in schemas[name]["examples"]:
             assert server.client.post(f"/v1/{path}", json=example | {"max_tokens": 2}).status_code == 200
