@@ -15,7 +15,8 @@ _KEYWORDS = {"integer": "maximum", "string": "maxLength", "array": "maxItems"}
 def with_limits(document: Mapping[str, Any], settings: Settings, vocab_size: int) -> dict[str, Any]:
     """A copy of ``document`` in which no field may be larger than the server takes.
 
-    Token ids end where the vocabulary does. A text is limited in bytes, which JSON Schema cannot say; its ``maxLength`` is in characters, each at least a byte.
+    Token ids end where the vocabulary does. A text is limited in bytes, which JSON Schema cannot say; its ``maxLength``
+    is in characters, each at least a byte.
     """
     limited = deepcopy(dict(document))
     prompt, tokens = settings.max_prompt_bytes, settings.max_tokens
