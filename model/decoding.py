@@ -55,16 +55,16 @@ class StepOutput:
     """[B] bool: the trunk ran."""
 
 
-def step_plain(system: System, tokens: Tensor, state: ModelState, rates: Tensor) -> StepOutput:
+def step_plain(system: System, tokens: Tensor, state: ModelState, rates: Tensor, rows: Tensor) -> StepOutput:
     """Read one token per sequence by tensor operations.
 
     Args:
-        tokens: [B]. state: of B sequences, advanced in place. rates: [B] float64 fires per byte, 0 to 1.
+        tokens: [n]. state: advanced in place; the blocks' of B sequences, the rest of those that take part.
+        rates: [n] float64 fires per byte, 0 to 1. rows: [n] int64, where in the blocks' states they are.
     """
     router = state.router
-    everyone = torch.arange(len(tokens), device=tokens.device)
-    full = torch.full_like(everyone, system.config.d_state)
-    hidden, trace = _run(system.encoder, system.embedding(tokens), state.encoder, everyone, None, full)
+    full = torch.full_like(rows, system.config.d_state)
+    hidden, trace = _run(system.encoder, system.embedding(tokens), state.encoder, rows, None, full)
     fired = rates >= 1.0
     chosen = ((rates > 0.0) & ~fired).nonzero().squeeze(-1)
     if len(chosen):
@@ -81,12 +81,12 @@ def step_plain(system: System, tokens: Tensor, state: ModelState, rates: Tensor)
     if len(index):
         entered = system.router.to_trunk(hidden[index])
         stretch = age[index].to(hidden.dtype)
-        left, _ = _run(system.trunk, entered, state.trunk, index, stretch, state.columns[index])
+        left, _ = _run(system.trunk, entered, state.trunk, rows[index], stretch, state.columns[index])
         router.held.index_copy_(0, index, system.router.from_trunk(left - entered))
     advance(router, fired, rates)
     output = hidden + system.router.fade(router.held, router.positions - router.last_fire)
     if len(system.decoder):
-        output, _ = _run(system.decoder, output, state.decoder, everyone, None, full)
+        output, _ = _run(system.decoder, output, state.decoder, rows, None, full)
     return StepOutput(nn.functional.linear(system.final_norm(output), system.head_weight), fired)
 
 
@@ -105,42 +105,44 @@ def _run(
     return hidden, trace
 
 
-def step_compiled(system: System, tokens: Tensor, state: ModelState, rates: Tensor) -> StepOutput:
+def step_compiled(system: System, tokens: Tensor, state: ModelState, rates: Tensor, rows: Tensor) -> StepOutput:
     """The same on a CPU; a row has the same bits whatever rows stand beside it."""
-    router, wanted = state.router, rates.numpy()
-    everyone = np.arange(len(wanted))
+    router, wanted, places = state.router, rates.numpy(), rows.numpy()
     full, fresh = np.full(len(wanted), system.config.d_state), np.zeros(len(wanted), np.float32)
     head = _array(system.head_weight)
     hidden = _array(system.embedding.weight)[tokens.numpy()]
     fired = wanted >= 1.0
     chosen = np.flatnonzero((wanted > 0.0) & ~fired)
     analysed = bool(len(chosen))
-    trace = _run_compiled(system.encoder, hidden, state.encoder, everyone, fresh, full, traced=analysed)
+    trace = _run_compiled(system.encoder, hidden, state.encoder, places, fresh, full, traced=analysed)
     if analysed:
         logits = project_rows(_normalised(system.exit_norm, hidden[chosen]), head)
         density = system.density.step_rows(logits, trace, state.density, chosen)
         fired[chosen] = system.tiles.fire_rows(density, wanted, router, chosen)
     index = np.flatnonzero(fired)
     if len(index):
-        _step_trunk(system, hidden[index], state, index)
+        _step_trunk(system, hidden[index], state, index, places[index])
     output = hold_rows(
         fired, wanted, hidden, _array(system.router.raw_fading), router.held.numpy(), router.last_fire.numpy(),
         router.fires.numpy(), router.quota.numpy(), router.positions.numpy(),
     )  # fmt: skip
     if len(system.decoder):
-        _run_compiled(system.decoder, output, state.decoder, everyone, fresh, full)
+        _run_compiled(system.decoder, output, state.decoder, places, fresh, full)
     return StepOutput(torch.from_numpy(project_rows(_normalised(system.final_norm, output), head)), _tensor(fired))
 
 
-def _step_trunk(system: System, entered: Singles, state: ModelState, index: Integers) -> None:
-    """Run the trunk for the rows ``index`` [n] that fire, with encoder outputs [n, d_model], and hold its update."""
+def _step_trunk(system: System, entered: Singles, state: ModelState, index: Integers, places: Integers) -> None:
+    """Run the trunk for those that fire, with encoder outputs ``entered`` [n, d_model], and hold its update.
+
+    ``index`` [n] says which of those that take part they are, ``places`` [n] where in the blocks' states.
+    """
     down, up = system.router.down, system.router.up
     if down is not None:
         entered = project_rows(entered, _array(down.weight))
     left = entered.copy()
     age = state.router.positions.numpy()[index] + 1 - state.router.last_fire.numpy()[index]
     stretch = np.log(age).astype(np.float32)
-    _run_compiled(system.trunk, left, state.trunk, index, stretch, state.columns.numpy()[index])
+    _run_compiled(system.trunk, left, state.trunk, places, stretch, state.columns.numpy()[index])
     update = left - entered
     state.router.held.numpy()[index] = update if up is None else project_rows(update, _array(up.weight))
 

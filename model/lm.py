@@ -7,7 +7,7 @@ and the model is a plain stack of Mamba-2 blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import cast
@@ -295,20 +295,29 @@ class AdaptiveAttentionSystem(nn.Module):
         return self.tiles.online(density, rate, pace) if causal else self.tiles.plan(density, rate, pace)
 
     @torch.inference_mode()
-    def step(self, tokens: Tensor, state: ModelState, rates: Tensor) -> StepOutput:
+    def step(self, tokens: Tensor, state: ModelState, rates: Tensor, rows: Tensor | None = None) -> StepOutput:
         """Read one token per sequence, the trunk only for those that fire.
 
         Args:
-            tokens: [B]. state: of B sequences, advanced in place.
-            rates: [B] float64 fires per byte, 0 to 1; sequences of all rates mix, and none changes another's logits.
+            tokens: [n]. state: of B sequences, advanced in place.
+            rates: [n] float64 fires per byte, 0 to 1; sequences of all rates mix, and none changes another's logits.
+            rows: [n] int64, those of the B that take part, each once; None for all. The others' states do not change.
         """
         step = step_compiled if compiled(self.embedding.weight) else step_plain
-        return step(self, tokens, state, rates)
-
-
-def _part(fires: Tensor | None, start: int, end: int) -> Tensor | None:
-    return None if fires is None else fires[:, start:end]
+        if rows is None:
+            return step(self, tokens, state, rates, torch.arange(len(tokens), device=tokens.device))
+        # The large states are reached by row; the small ones are gathered.
+        density, router = state.density.gather(rows), state.router.gather(rows)
+        part = replace(state, density=density, router=router, columns=state.columns[rows])
+        output = step(self, tokens, part, rates, rows)
+        state.density.scatter_(rows, density)
+        state.router.scatter_(rows, router)
+        return output
 
 
 def _blocks(modules: nn.ModuleList) -> list[AdaptiveMambaBlock]:
     return cast("list[AdaptiveMambaBlock]", list(modules))
+
+
+def _part(fires: Tensor | None, start: int, end: int) -> Tensor | None:
+    return None if fires is None else fires[:, start:end]

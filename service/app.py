@@ -81,6 +81,7 @@ def _make_engine(settings: Settings, model: AdaptiveAttentionSystem, metrics: Me
         state_bytes=settings.state_bytes,
         prefill_share=settings.prefill_share,
         blocks=workers,
+        decode_stretch=settings.decode_stretch,
     )
     engine = Engine(
         runner,

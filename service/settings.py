@@ -76,6 +76,12 @@ class Settings(BaseSettings):
         description="share of the time that reading prompts may take while others generate: tokens then come at most "
         "1 / (1 - share) times as slowly, on average",
     )
+    decode_stretch: float = Field(
+        default=1.2,
+        ge=1,
+        description="how much more a step may cost than one in which all requests are as cheap as the cheapest; beyond "
+        "it, the dearer ones take turns, so that each gets the same compute",
+    )
     prefix_cache_bytes: int = Field(
         default=0,
         ge=0,

@@ -20,7 +20,7 @@ from model.state import ModelState
 from service.engine.prefix_cache import PrefixCache, Snapshot, extend_key, first_key
 from service.engine.sampling import sample, score
 from service.engine.sequence import Outcome, Phase, Sequence, SharedPrompt, TokenScore
-from service.engine.state_pool import StatePool
+from service.engine.state_pool import Part, StatePool
 from service.engine.workers import make_workers
 
 logger = logging.getLogger(__name__)
@@ -222,25 +222,26 @@ class ModelRunner:
 
         A sequence whose logits are not finite gets None.
         """
-        by_slot = {sequence.slot: sequence for sequence in sequences}
+        by_slot = {sequence.slot: sequence for sequence in sequences if sequence.slot is not None}
         for slot in by_slot:
-            assert slot is not None, "a running sequence has a slot"
             self.pool.join(slot)
-        parts = [part for arena in self.pool.arenas for part in arena.parts(self._workers)]
-        rows = [[by_slot[slot] for slot in slots] for slots, _ in parts]
-        states = [state for _, state in parts]
-        others = [self._executor.submit(self._decode_rows, *part) for part in zip(rows[1:], states[1:], strict=True)]
-        results = [self._decode_rows(rows[0], states[0]), *(future.result() for future in others)]
-        outcomes = dict(zip(chain(*rows), chain(*results), strict=True))
+        parts = [
+            part for arena in self.pool.arenas for part in arena.parts(by_slot.keys(), self._workers) if part.slots
+        ]
+        groups = [[by_slot[slot] for slot in part.slots] for part in parts]
+        others = [self._executor.submit(self._decode_part, *one) for one in zip(groups[1:], parts[1:], strict=True)]
+        results = [self._decode_part(groups[0], parts[0]), *(future.result() for future in others)]
+        outcomes = dict(zip(chain(*groups), chain(*results), strict=True))
         return [outcomes[sequence] for sequence in sequences]
 
     @torch.inference_mode()
-    def _decode_rows(self, sequences: list[Sequence], states: ModelState) -> list[Outcome | None]:
-        """The same for the rows of one arena."""
+    def _decode_part(self, sequences: list[Sequence], part: Part) -> list[Outcome | None]:
+        """The same for one part of an arena."""
         device = self._model.device
         tokens = torch.tensor([sequence.last_token for sequence in sequences], device=device)
         rates = [sequence.grant.rates.decode for sequence in sequences]
-        output = self._model.step(tokens, states, torch.tensor(rates, dtype=torch.float64, device=device))
+        wanted = torch.tensor(rates, dtype=torch.float64, device=device)
+        output = self._model.step(tokens, part.states, wanted, part.rows)
         sound = output.logits.isfinite().all(-1).tolist()
         logits = output.logits if all(sound) else output.logits.nan_to_num()
         chosen = sample(logits, sequences)

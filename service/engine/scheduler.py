@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -24,6 +25,8 @@ class Limits:
     """Tokens of a prompt that are read at once."""
     blocks: int = 1
     """How many of them are read side by side."""
+    decode_stretch: float = math.inf
+    """How much more a decoding step may cost than one in which all were as cheap as the cheapest."""
 
     @classmethod
     def for_states(
@@ -35,11 +38,12 @@ class Limits:
         state_bytes: int | None = None,
         prefill_share: float = 1.0,
         blocks: int = 1,
+        decode_stretch: float = math.inf,
     ) -> Limits:
         """Limits with room for ``running`` whole states, unless they say how much room there is."""
         whole = max(state_sizes.values())
         room = max(running, 2) * whole if state_bytes is None else state_bytes
-        return cls(running, room, prefill_share, block_size, blocks)
+        return cls(running, room, prefill_share, block_size, blocks, decode_stretch)
 
 
 @dataclass(slots=True)
@@ -68,6 +72,10 @@ class Scheduler:
     Prompts are read one block per sequence and step, of all sequences together as much as ``blocks`` blocks at full
     resolution cost, while the time this takes stays within ``prefill_share`` of the time of running streams. What a
     long block takes too much is paid back by steps without any.
+
+    All that generate take every step together, unless their budgets are so far apart that the cheap ones would wait for
+    the dear ones: then the dear ones take turns, so that a step costs ``decode_stretch`` times what it would if all
+    were as cheap as the cheapest, and each gets the same compute.
 
     Where a state does not fit any more, the states of sequences that allow less than their target are shrunk.
 
@@ -119,7 +127,7 @@ class Scheduler:
                 self._start(sequence, batch)
             else:
                 blocked = True
-        batch.decode = [sequence for sequence in self.running if sequence.phase is Phase.DECODE]
+        batch.decode = self._choose_decoding([s for s in self.running if s.phase is Phase.DECODE])
         if not batch.decode:
             self._debt = 0.0
         if self._debt <= 0.0:
@@ -196,6 +204,28 @@ class Scheduler:
             batch.resize.append((shrunk, shrunk.columns, columns))
             shrunk.columns = columns
         return True
+
+    def _choose_decoding(self, decoding: list[Sequence]) -> list[Sequence]:
+        """Those that generate in this step: all, or those that have had least compute so far."""
+        if not decoding:
+            return []
+        shares = [sequence.grant.granted for sequence in decoding]
+        room = self.limits.decode_stretch * len(shares) * min(shares) + 1e-9
+        if sum(shares) <= room:
+            return decoding
+        # Whoever joins has had as much as the one that has had least.
+        least = min((s.compute_had for s in decoding if s.compute_had), default=0.0)
+        for sequence in decoding:
+            sequence.compute_had = sequence.compute_had or least
+        chosen: list[Sequence] = []
+        work = 0.0
+        for sequence in sorted(decoding, key=lambda s: (s.compute_had, s.order)):
+            work += sequence.grant.granted
+            if chosen and work > room:
+                break
+            sequence.compute_had += sequence.grant.granted
+            chosen.append(sequence)
+        return chosen
 
     def _kept_bytes(self, shared: SharedPrompt) -> int:
         """Bytes that the end of a shared prompt holds, or will when it has been read."""

@@ -179,6 +179,8 @@ class Sequence:
     """Operations that it may come to, from the moment it waits."""
     columns: int = 0
     """Of the trunk's state, while it runs."""
+    compute_had: float = 0.0
+    """By which those that generate take turns: tokens at full resolution that theirs amount to."""
     tokenizer: Tokenizer = field(default_factory=ByteTokenizer)
     """Of the model."""
     phase: Phase = Phase.PREFILL

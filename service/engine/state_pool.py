@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,16 @@ from model.state import ModelState
 
 _SMALLEST = 4
 """Rows that an arena begins with, and that a part of it has at least."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Sequences that a step runs over."""
+
+    slots: list[int]
+    states: ModelState
+    rows: Tensor | None
+    """[n] int64, where in ``states`` they are; None where they are all of it."""
 
 
 class Arena:
@@ -28,27 +38,41 @@ class Arena:
         self._columns = columns
         self._buffer = self._allocate(_SMALLEST)
         self._capacity = _SMALLEST
-        self._parts: list[tuple[list[int], ModelState]] = []
+        self._parts: list[Part] = []
         self.slots: list[int] = []
         """The slot of each row."""
+
+    @property
+    def columns(self) -> list[int]:
+        """Columns that each row runs at."""
+        found: list[int] = self._buffer.columns[: len(self.slots)].tolist()
+        return found
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffer."""
         return self._buffer.nbytes
 
-    def parts(self, most: int) -> list[tuple[list[int], ModelState]]:
-        """Slots and states, which share memory with the buffer, of up to ``most`` parts of about equal size.
+    def parts(self, slots: Collection[int], most: int) -> list[Part]:
+        """Those of ``slots`` that are here, in up to ``most`` parts of about equal size.
 
-        The same objects until a row comes or goes, or another number is asked for. Parts have four rows at least:
-        with fewer, reading the weights once more costs more than a second core gains.
+        Parts have four rows at least: with fewer, reading the weights once more costs more than a second core gains.
+        Where everybody takes part they share memory with the buffer and stay the same objects until a row comes or
+        goes; otherwise they are rows of it.
         """
-        rows = len(self.slots)
-        count = max(1, min(most, rows // _SMALLEST))
+        wanted = [row for row, slot in enumerate(self.slots) if slot in slots]
+        count = max(1, min(most, len(wanted) // _SMALLEST))
+        bounds = itertools.pairwise(len(wanted) * part // count for part in range(count + 1))
+        if not wanted:
+            return []
+        if len(wanted) < len(self.slots):
+            return [self._rows(wanted[a:b]) for a, b in bounds]
         if len(self._parts) != count:
-            bounds = [rows * part // count for part in range(count + 1)]
-            self._parts = [(self.slots[a:b], self._buffer.part(a, b)) for a, b in itertools.pairwise(bounds)]
+            self._parts = [Part(self.slots[a:b], self._buffer.part(a, b), None) for a, b in bounds]
         return self._parts
+
+    def _rows(self, rows: list[int]) -> Part:
+        return Part([self.slots[row] for row in rows], self._buffer, torch.tensor(rows, device=self._model.device))
 
     def add(self, slot: int, state: ModelState) -> None:
         """Copy the state of one sequence into a new row."""
@@ -182,6 +206,6 @@ class StatePool:
         rows = [slot for arena in self._arenas.values() for slot in arena.slots]
         assert sorted([*rows, *self._alone]) == sorted(self._widths)
         for columns, arena in self._arenas.items():
-            assert [n for _, states in arena.parts(1) for n in states.columns.tolist()] == [columns] * len(arena.slots)
+            assert arena.columns == [columns] * len(arena.slots)
             assert all(self._widths[slot] == columns for slot in arena.slots)
         assert all(state.columns.tolist() == [self._widths[slot]] for slot, state in self._alone.items())

@@ -39,6 +39,21 @@ def test_mates_of_other_state_sizes_change_nothing(model: AdaptiveAttentionSyste
         assert torch.equal(alone[0], logits[row])
 
 
+def test_rows_that_do_not_take_part_do_not_change_and_change_nothing(model: AdaptiveAttentionSystem) -> None:
+    tokens, random = random_tokens(len(RATES), 60), torch.Generator().manual_seed(0)
+    logits, _ = step_through(model, tokens, RATES)
+    state, read = model.allocate_state(len(RATES)), [0] * len(RATES)
+    while min(read) < 60:
+        rows = (torch.rand(len(RATES), generator=random) < 0.5).nonzero().squeeze(-1)
+        rows = torch.tensor([row for row in rows.tolist() if read[row] < 60], dtype=torch.int64)
+        column = torch.stack([tokens[row, read[row]] for row in rows.tolist()]) if len(rows) else tokens[:0, 0]
+        if len(rows):
+            output = model.step(column, state, RATES[rows], rows)
+            for place, row in enumerate(rows.tolist()):
+                assert torch.equal(output.logits[place], logits[row, read[row]])
+                read[row] += 1
+
+
 def test_the_order_of_the_batch_changes_nothing(model: AdaptiveAttentionSystem) -> None:
     tokens, order = random_tokens(len(RATES), 40), torch.randperm(len(RATES))
     logits, fires = step_through(model, tokens, RATES)

@@ -42,17 +42,16 @@ def make_choices(n: int, **kwargs: object) -> list[Sequence]:
     return choices
 
 
-def make_limits(slots: int = 2, *, state_bytes: int | None = None, prefill_share: float = 1.0) -> Limits:
-    return Limits.for_states(
-        SIZES, running=slots, block_size=BLOCK, state_bytes=state_bytes, prefill_share=prefill_share
-    )
+def make_limits(slots: int = 2, **options: object) -> Limits:
+    return Limits.for_states(SIZES, running=slots, block_size=BLOCK, **options)
 
 
 def make_engine(
     runner: FakeRunner, clock: Callable[[], float], slots: int = 2, **options: object
 ) -> tuple[Engine, Metrics]:
     """An engine around a runner; options are those of the limits and of the engine."""
-    limits = {name: options.pop(name) for name in ("state_bytes", "prefill_share") if name in options}
+    names = ("state_bytes", "prefill_share", "decode_stretch")
+    limits = {name: options.pop(name) for name in names if name in options}
     metrics = Metrics("fake", sorted(SIZES))
     return Engine(runner, Scheduler(make_limits(slots, **limits), SIZES), metrics, clock, **options), metrics
 

@@ -107,7 +107,7 @@ class WithoutModel(EngineMachine):
         self.runner = FakeRunner()
         self.engine, self.metrics = make_engine(
             self.runner, lambda: self.now, slots, state_bytes=int(states * SIZES[8]), prefill_share=share,
-            load=LoadControl(0.2), deadlines=Deadlines(queue=5.0, request=20.0),
+            decode_stretch=1.2, load=LoadControl(0.2), deadlines=Deadlines(queue=5.0, request=20.0),
         )  # fmt: skip
 
     @rule(
@@ -139,8 +139,9 @@ def new_engine(clock: Callable[[], float], *, slots: int, states: float, cached:
     runner, metrics = ModelRunner(MODEL, cached, workers=2), Metrics("tiny", MODEL.config.d_state_levels)
     room = int(states * max(runner.state_sizes.values()))
     limits = Limits.for_states(
-        runner.state_sizes, running=slots, block_size=runner.block_size, state_bytes=room, prefill_share=0.6, blocks=2
-    )
+        runner.state_sizes, running=slots, block_size=runner.block_size, state_bytes=room, prefill_share=0.6, blocks=2,
+        decode_stretch=1.1,
+    )  # fmt: skip
     return Engine(runner, Scheduler(limits, runner.state_sizes), metrics, clock, load=LoadControl(0.2)), metrics
 
 

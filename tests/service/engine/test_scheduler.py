@@ -91,6 +91,43 @@ def test_reading_keeps_to_its_share_of_the_time_of_running_streams(share: float)
     assert prefill / (prefill + decode) == pytest.approx(min(share, 7 / 8), rel=0.02)
 
 
+@pytest.mark.parametrize(("cheap", "full"), [(1, 15), (8, 8), (15, 1), (0, 16)])
+def test_dear_sequences_take_turns_where_cheap_ones_would_wait_for_them(cheap: int, full: int) -> None:
+    scheduler = scheduler_of(16, decode_stretch=1.3)
+    sequences = [make_sequence(budget=0.01) for _ in range(cheap)] + [make_sequence() for _ in range(full)]
+    add(scheduler, *sequences)
+    scheduler.schedule()
+    for sequence in sequences:
+        sequence.phase = Phase.DECODE
+    steps = [scheduler.schedule().decode for _ in range(1000)]
+    counts = [sum(sequence in step for step in steps) for sequence in sequences]
+    share = min(sequence.grant.granted for sequence in sequences)
+    room = 1.3 * 16 * share
+    assert all(sum(sequence.grant.granted for sequence in step) <= room + 1e-6 for step in steps)
+    assert counts[:cheap] == [1000] * cheap
+    assert max(counts[cheap:]) - min(counts[cheap:]) <= 1, "those that take turns do so evenly"
+    due = min(1.0, (room - cheap * share - 1.0) / full)  # less than one of them may be left over
+    assert min(counts[cheap:]) >= 1000 * due - 1
+
+
+def test_one_that_joins_neither_catches_up_nor_waits() -> None:
+    scheduler = scheduler_of(4, decode_stretch=1.0)
+    early = [make_sequence(budget=0.01), make_sequence(), make_sequence()]
+    add(scheduler, *early)
+    scheduler.schedule()
+    for sequence in early:
+        sequence.phase = Phase.DECODE
+    for _ in range(100):
+        scheduler.schedule()
+    late = make_sequence()
+    add(scheduler, late)
+    scheduler.schedule()
+    late.phase = Phase.DECODE
+    steps = [scheduler.schedule().decode for _ in range(300)]
+    counts = [sum(sequence in step for step in steps) for sequence in (*early[1:], late)]
+    assert max(counts) - min(counts) <= 1
+
+
 def test_nothing_holds_up_reading_while_nobody_generates() -> None:
     scheduler = scheduler_of(2, prefill_share=0.1)
     writes, reads = make_sequence(), make_sequence(prompt=100)

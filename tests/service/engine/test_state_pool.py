@@ -27,12 +27,12 @@ def mark(pool: StatePool, slot: int) -> None:
 
 def rows(pool: StatePool, columns: int = WHOLE) -> dict[int, int]:
     """Marks by slot of the states that generate."""
-    parts = [part for arena in pool.arenas for part in arena.parts(1)]
+    parts = [part for arena in pool.arenas for part in arena.parts(arena.slots, 1)]
     return {
         slot: position
-        for slots, states in parts
-        if set(states.columns.tolist()) == {columns}
-        for slot, position in zip(slots, states.router.positions.tolist(), strict=True)
+        for part in parts
+        if set(part.states.columns.tolist()) == {columns}
+        for slot, position in zip(part.slots, part.states.router.positions.tolist(), strict=True)
     }
 
 
@@ -51,9 +51,9 @@ def test_rows_follow_their_slots_as_sequences_join_and_leave(pool: StatePool) ->
 
 def test_an_unchanged_arena_gives_the_same_rows_and_joining_again_changes_nothing(pool: StatePool) -> None:
     pool.join(0)
-    parts = pool.arenas[0].parts(1)
+    parts = pool.arenas[0].parts([0], 1)
     pool.join(0)
-    assert pool.arenas[0].parts(1) is parts
+    assert pool.arenas[0].parts([0], 1) is parts
 
 
 @pytest.mark.parametrize(
@@ -64,19 +64,33 @@ def test_an_arena_comes_apart_into_equal_parts(rows_held: int, most: int, sizes:
     for slot in range(rows_held):
         mark(pool, slot)
         pool.join(slot)
-    parts = pool.arenas[0].parts(most)
-    assert [len(slots) for slots, _ in parts] == sizes
-    for _, states in parts:
-        states.router.positions.add_(5)
+    parts = pool.arenas[0].parts(range(rows_held), most)
+    assert [len(part.slots) for part in parts] == sizes
+    assert all(part.rows is None for part in parts)
+    for part in parts:
+        part.states.router.positions.add_(5)
     assert rows(pool) == {slot: slot + 15 for slot in range(rows_held)}
 
 
 def test_what_a_step_writes_is_in_the_buffer(pool: StatePool) -> None:
     pool.join(0)
     pool.join(1)
-    pool.arenas[0].parts(1)[0][1].router.positions.add_(5)
+    pool.arenas[0].parts(pool.arenas[0].slots, 1)[0].states.router.positions.add_(5)
     pool.join(2)
     assert rows(pool) == {0: 15, 1: 16, 2: 12}
+
+
+def test_some_of_an_arena_are_rows_of_its_buffer() -> None:
+    pool = StatePool(MODEL)
+    for slot in range(12):
+        mark(pool, slot)
+        pool.join(slot)
+    pool.release(3)
+    parts = pool.arenas[0].parts({0, 2, 11, 5, 99, 7, 8, 9, 10}, 2)
+    assert [part.slots for part in parts] == [[0, 2, 11, 5], [7, 8, 9, 10]]
+    for part in parts:
+        assert part.rows is not None
+        assert part.states.router.positions[part.rows].tolist() == [slot + 10 for slot in part.slots]
 
 
 def test_a_slot_starts_again_from_nothing(pool: StatePool) -> None:
@@ -118,16 +132,17 @@ def test_resizing_moves_a_row_and_changes_it_as_the_model_does(pool: StatePool) 
     assert rows(pool) == {2: 12, 1: 11}
     assert rows(pool, SMALL) == {0: 10}
     (arena,) = [arena for arena in pool.arenas if arena.slots == [0]]
-    assert all(torch.equal(a, b) for a, b in zip(arena.parts(1)[0][1].tensors(), expected.tensors(), strict=True))
+    (part,) = arena.parts([0], 1)
+    assert all(torch.equal(a, b) for a, b in zip(part.states.tensors(), expected.tensors(), strict=True))
 
 
 def test_the_end_of_a_prompt_is_not_changed_by_those_who_start_there(pool: StatePool) -> None:
     pool.keep_end("prompt", 0, torch.zeros(3))
     pool.join(0)
-    pool.arenas[0].parts(1)[0][1].router.positions.add_(5)
+    pool.arenas[0].parts(pool.arenas[0].slots, 1)[0].states.router.positions.add_(5)
     pool.put(7, pool.end("prompt").state)
     pool.join(7)
-    pool.arenas[0].parts(1)[0][1].router.positions.add_(5)
+    pool.arenas[0].parts(pool.arenas[0].slots, 1)[0].states.router.positions.add_(5)
     pool.put(8, pool.end("prompt").state)
     pool.join(8)
     assert rows(pool) == {0: 20, 7: 15, 8: 10}
