@@ -111,7 +111,7 @@ class Engine:
         self.pace = Pace()
         self._scheduler = scheduler
         self._metrics = metrics
-        self._load = load or LoadControl(math.inf)
+        self.load = load or LoadControl(math.inf)
         self._deadlines = deadlines or Deadlines()
 
     @property
@@ -128,8 +128,8 @@ class Engine:
     def add(self, sequences: Collection[Sequence]) -> None:
         """Queue new sequences; all choices of one prompt together."""
         for sequence in sequences:
-            if sequence.grant.flexible and self._load.ease < 1.0:
-                sequence.grant = sequence.grant.at(self._load.ease, self.runner.cost)
+            if sequence.grant.flexible and self.load.ease < 1.0:
+                sequence.grant = sequence.grant.at(self.load.ease, self.runner.cost)
             sequence.reserved = self.reserve(sequence)
             self._scheduler.add(sequence)
             self._metrics.decisions[sequence.grant.reason.value].inc()
@@ -186,12 +186,12 @@ class Engine:
         """Lower or raise what flexible sequences are granted, by how long others wait."""
         waiting = self._scheduler.waiting
         longest = max((now - sequence.arrived for sequence in waiting), default=0.0)
-        before = self._load.ease
-        if not self._load.update(now, longest):
+        before = self.load.ease
+        if not self.load.update(now, longest):
             return
-        cause = "load_lowered" if self._load.ease < before else "load_raised"
+        cause = "load_lowered" if self.load.ease < before else "load_raised"
         for sequence in (*self._scheduler.running, *waiting):
-            if sequence.grant.flexible and sequence.regrant(sequence.grant.at(self._load.ease, self.runner.cost)):
+            if sequence.grant.flexible and sequence.regrant(sequence.grant.at(self.load.ease, self.runner.cost)):
                 self._metrics.retile[cause].inc()
 
     def _begin(self, batch: Batch, now: float) -> None:

@@ -132,6 +132,7 @@ class EngineThread:
                 raise EngineStoppedError
             wait = self._engine.pace.seconds_for(sum(s.reserved for s in self._open if s.scheduled is None))
             if len(self._open) + len(sequences) > self._admission.most_open or wait > self._admission.longest_queue:
+                self._engine.load.refused(self._engine.clock())
                 raise EngineBusyError(wait)
             for sequence in sequences:
                 self._open[sequence] = receiver

@@ -5,6 +5,8 @@ Plain Python, no clock: every method is told the time in seconds.
 
 from __future__ import annotations
 
+import math
+
 _HORIZON = 5.0
 """Seconds of work, and the requests ended in them, over which averages reach back."""
 
@@ -12,8 +14,8 @@ _HORIZON = 5.0
 class LoadControl:
     """Lowers what flexible requests are granted while others wait, in steps, and raises it again with hysteresis.
 
-    One step down for every ``patience`` seconds in which some request has waited longer than that; one step up after
-    ``CALM`` times that long in which none has waited a quarter of it.
+    One step down for every ``patience`` seconds in which some request has waited longer than that or was refused; one
+    step up after ``CALM`` times that long in which none was refused or has waited a quarter of it.
     """
 
     STEPS = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -26,16 +28,23 @@ class LoadControl:
         self._since = 0.0
         """When the present spell of pressure or calm began, or last moved a step."""
         self._pressed: bool | None = None
+        self._refused = -math.inf
 
     @property
     def ease(self) -> float:
         """The present step: 1 grants what is asked for, 0 the least."""
         return self.STEPS[self._step]
 
+    def refused(self, now: float) -> None:
+        """Take note of a request for which there was no room. May be called from any thread."""
+        self._refused = now
+
     def update(self, now: float, longest_wait: float) -> bool:
         """Take note of how long the request that waits longest has waited; whether ``ease`` has changed."""
+        if math.isinf(self._patience):
+            return False
         pressed = None
-        if longest_wait > self._patience:
+        if longest_wait > self._patience or now - self._refused < self._patience:
             pressed = True
         elif longest_wait < self._patience / 4.0:
             pressed = False

@@ -27,6 +27,17 @@ def test_calm_raises_slowly_and_what_is_between_changes_nothing() -> None:
     assert eases == [0.5] * 16 + [0.75] * 16 + [1.0] * 16
 
 
+def test_refusals_are_pressure_too() -> None:
+    load = LoadControl(1.0)
+    for tick in range(16):
+        if tick % 2 == 0:
+            load.refused(tick / 4)
+        load.update(tick / 4, 0.0)
+    assert load.ease == 0.0
+    assert set(run(load, 4.0, 4.0, wait=0.0)) == {0.0}
+    assert run(load, 8.0, 4.0, wait=0.0)[-1] == 0.25
+
+
 def test_waits_that_flicker_around_the_threshold_lower_at_most_a_step_at_a_time() -> None:
     load = LoadControl(1.0)
     changes = sum(load.update(tick / 4, 1.1 if tick % 2 else 0.9) for tick in range(400))
