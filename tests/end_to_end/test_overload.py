@@ -107,3 +107,72 @@ def test_a_server_that_stops_finishes_what_runs() -> None:
     asking.join()
     assert answers[0].status_code == 200
     assert answers[0].json()["usage"]["completion_tokens"] == 300
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_has_not_finished_when_a_server_stops_gets_an_error(stream: bool) -> None:
+    answers: list[httpx.Response] = []
+    with serving(tiny_model(), shutdown_seconds=1) as server:
+
+        def ask() -> None:
+            answers.append(httpx.post(f"{server.url}/v1/completions", json=LONG | {"stream": stream}, timeout=60))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        wait_for(server, "rheostat_num_requests_running", 1)
+    asking.join()
+    if stream:
+        blocks = answers[0].text.split("\n\n")
+        assert json.loads(blocks[-3].removeprefix("data: "))["error"]["code"] == "stopping"
+        assert blocks[-2:] == ["data: [DONE]", ""]
+    else:
+        assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (503, "stopping")
+        assert "retry-after" in answers[0].headers
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_waits_or_runs_for_too_long_gets_an_error(stream: bool) -> None:
+    with serving(tiny_model(), max_running=1, queue_seconds=0.3, request_seconds=1.0) as server:
+        running = threading.Thread(target=lambda: codes.append(error_code(server, stream)))
+        codes: list[str] = []
+        running.start()
+        wait_for(server, "rheostat_num_requests_running", 1)
+        assert error_code(server, stream) == "queue_timeout"
+        running.join()
+        assert codes == ["timeout"]
+        server.wait_until_idle()
+        assert server.complete(max_tokens=2)["usage"]["completion_tokens"] == 2
+
+
+def error_code(server: Running, stream: bool) -> str:
+    """Of a request that cannot be answered in time."""
+    answer = httpx.post(f"{server.url}/v1/completions", json=LONG | {"stream": stream}, timeout=60)
+    if stream:
+        return json.loads(answer.text.split("\n\n")[-3].removeprefix("data: "))["error"]["code"]
+    assert answer.status_code in (503, 504)
+    return answer.json()["error"]["code"]
+
+
+def test_ranges_are_lowered_while_others_wait_and_fixed_budgets_are_not() -> None:
+    with serving(tiny_model(), max_running=1, load_patience_seconds=0.05) as server:
+        running = begin(server)
+        wait_for(server, "rheostat_num_requests_running", 1)
+        computes: list[dict] = []
+
+        def ask(budget: object) -> None:
+            body = {"prompt": "x", "max_tokens": 50, "ignore_eos": True, "compute_budget": budget}
+            answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+            computes.append(answer.json()["usage"]["compute"])
+
+        asking = [threading.Thread(target=ask, args=(budget,)) for budget in (0.9, {"target": 1.0, "min": 0.8})]
+        for thread in asking:
+            thread.start()
+        wait_for(server, "rheostat_retile_total", 4)
+        running.close()
+        for thread in asking:
+            thread.join()
+        fixed, lowered = sorted(computes, key=lambda compute: compute["requested"])
+        assert (fixed["requested"], fixed["granted"], fixed["reason"]) == (0.9, 0.9, "requested")
+        assert (lowered["requested"], lowered["reason"]) == (1.0, "load")
+        assert 0.8 <= lowered["granted"] < 1.0
+        server.wait_until_idle()
