@@ -80,6 +80,8 @@ class CostModel:
             decoder=config.decoder_layers * block(config.d_model),
             head=head,
         )
+        self._d_state = config.d_state
+        self._column = config.trunk_layers * 5 * config.inner(config.d_trunk)
         self._lowest_rate = 1.0 / config.max_tile_size
 
     @property
@@ -88,18 +90,20 @@ class CostModel:
         return self._unit
 
     @lru_cache(maxsize=4096)  # noqa: B019 - a model has one, which lives as long as it does
-    def flops(self, positions: int, tiles: int, logits: int, analysed: int) -> Flops:
+    def flops(self, positions: int, tiles: int, logits: int, analysed: int, columns: int | None = None) -> Flops:
         """Operations spent.
 
         Args:
             positions: tokens read. tiles: of them, how many the trunk ran at. logits: positions at which the head ran.
             analysed: positions at which the density was computed (rates other than 0 and 1).
+            columns: of the trunk's state that ran; None for all.
         """
         unit = self._unit
+        spared = 0 if columns is None else (self._d_state - columns) * self._column
         return Flops(
             encoder=positions * unit.encoder,
             density=analysed * unit.density,
-            trunk=tiles * unit.trunk,
+            trunk=tiles * (unit.trunk - spared),
             decoder=positions * unit.decoder,
             head=logits * unit.head,
         )

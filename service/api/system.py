@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
 
@@ -27,7 +28,7 @@ async def list_models(context: ContextDependency) -> ModelList:
 
 
 @router.get("/v1/models/{model}", responses=ERRORS)
-async def get_model(model: str, context: ContextDependency) -> ModelCard:
+async def get_model(model: Annotated[str, Path(description="Its name.")], context: ContextDependency) -> ModelCard:
     """One model by name."""
     check_model(context, model)
     return _card(context)

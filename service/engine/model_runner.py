@@ -151,7 +151,7 @@ class ModelRunner:
         return Outcome(
             Phase.PREFILL,
             positions=len(piece),
-            flops=self._flops(len(piece), len(output.tile_ends), heads, rate),
+            flops=self._flops(len(piece), len(output.tile_ends), heads, rate, sequence.columns),
             full_flops=self.cost.full_flops(len(piece), heads),
             tile_ends=output.tile_ends,
             token=token,
@@ -251,7 +251,7 @@ class ModelRunner:
             Outcome(
                 Phase.DECODE,
                 positions=1,
-                flops=self._flops(1, int(fired), 1, rate),
+                flops=self._flops(1, int(fired), 1, rates[row], sequence.columns),
                 full_flops=full_flops,
                 tile_ends=[0] if fired else [],
                 token=token,
@@ -259,7 +259,7 @@ class ModelRunner:
             )
             if sound[row]
             else None
-            for row, (token, fired, rate) in enumerate(zip(chosen, output.fired.tolist(), rates, strict=True))
+            for row, (sequence, token, fired) in enumerate(zip(sequences, chosen, output.fired.tolist(), strict=True))
         ]
 
     @staticmethod
@@ -297,5 +297,5 @@ class ModelRunner:
         self.prefixes.check_integrity()
         assert self.pool.held <= slots
 
-    def _flops(self, positions: int, tiles: int, logits: int, rate: float) -> Flops:
-        return self.cost.flops(positions, tiles, logits, positions if self.cost.analysed(rate) else 0)
+    def _flops(self, positions: int, tiles: int, logits: int, rate: float, columns: int) -> Flops:
+        return self.cost.flops(positions, tiles, logits, positions if self.cost.analysed(rate) else 0, columns)

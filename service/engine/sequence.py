@@ -85,14 +85,21 @@ class ComputeUsage:
     """What a request was granted and what it spent; shares are of full resolution over the same bytes."""
 
     requested: float
+    """The target that was asked for."""
     granted: float
+    """What was granted: an average over the bytes where the server lowered it under load."""
     spent: float
+    """What was spent."""
     spent_flops: int
+    """Floating-point operations, a multiply-add as two."""
     full_flops: int
+    """Those of the same bytes at full resolution."""
     tiles: int
+    """How often the trunk ran."""
     mean_tile_bytes: float | None
     """None where the trunk never ran."""
     reason: str
+    """Why so much was granted: `requested`, `floor`, `maximum` or `load`."""
     d_state: int
     """Columns of the trunk's state at the end; fewer than the model has where memory was short."""
 

@@ -48,6 +48,15 @@ def test_a_block_is_its_projections_and_its_recurrence() -> None:
     assert unit.trunk == 2 * (matrix_products(SMALL, 48) + recurrence(SMALL, 48)) + 2 * 2 * 32 * 48
 
 
+def test_columns_of_the_state_that_do_not_run_are_not_billed() -> None:
+    cost = CostModel(SMALL)
+    for columns in SMALL.d_state_levels:
+        spared = SMALL.trunk_layers * 5 * SMALL.inner(SMALL.d_trunk) * (SMALL.d_state - columns)
+        shrunk, whole = cost.flops(10, 4, 2, 10, columns), cost.flops(10, 4, 2, 10)
+        assert whole.trunk - shrunk.trunk == 4 * spared
+        assert whole.total - shrunk.total == 4 * spared
+
+
 def test_operations_add_up() -> None:
     whole = COST.flops(10, 4, 2, 10)
     parts = COST.flops(7, 3, 1, 7) + COST.flops(3, 1, 1, 3)

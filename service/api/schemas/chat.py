@@ -21,7 +21,9 @@ class ContentPart(Request):
     """A piece of a message; only text is taken."""
 
     type: Literal["text"]
+    """Always `text`."""
     text: Text
+    """The text."""
 
 
 class Message(Request):
@@ -30,6 +32,7 @@ class Message(Request):
     NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {"tool_calls": ([],), "function_call": ({},), "audio": ({},)}
 
     role: Role
+    """Who speaks."""
     content: Text | list[ContentPart]
     """Text, or parts of text, which are joined."""
 
@@ -98,6 +101,7 @@ class TopLogprob(ApiModel):
     token: str
     """A token that is no whole character is written `bytes:\\xe2`; the separator is `<|document|>`."""
     logprob: float
+    """Natural logarithm of its probability."""
     bytes: list[int]
     """Its bytes, none for the separator and special tokens."""
 
@@ -106,29 +110,38 @@ class TokenLogprob(TopLogprob):
     """A generated token, its log-probability, and the most probable tokens in its place."""
 
     top_logprobs: list[TopLogprob]
+    """The most probable tokens, best first."""
 
 
 class ChatLogprobs(ApiModel):
     """Log-probabilities of generated tokens: natural logarithms, at temperature 1 and before penalties."""
 
     content: list[TokenLogprob]
+    """One entry per token."""
 
 
 class AssistantMessage(ApiModel):
     """The generated message."""
 
     role: Literal["assistant"] = "assistant"
+    """Always `assistant`."""
     content: str
+    """The answer."""
     refusal: None = None
+    """Always null."""
 
 
 class ChatChoice(ApiModel):
     """One generated message."""
 
     index: int
+    """Number of the choice."""
     message: AssistantMessage
+    """The answer."""
     logprobs: ChatLogprobs | None
+    """Where they were asked for."""
     finish_reason: Literal["stop", "length"]
+    """`stop`: a stop string or the end of the document; `length`: as long as was asked for."""
     compute: ComputeUsage | None = Field(default=None, exclude_if=lambda value: value is None)
     """What this choice spent; where there are several."""
 
@@ -137,11 +150,17 @@ class ChatCompletion(ApiModel):
     """Answer of `POST /v1/chat/completions`."""
 
     id: str
+    """Of this answer."""
     object: Literal["chat.completion"] = "chat.completion"
+    """Always `chat.completion`."""
     created: int
+    """Unix time in seconds."""
     model: str
+    """The served model."""
     choices: list[ChatChoice]
+    """One per choice, in order."""
     usage: Usage
+    """What the request used."""
 
 
 class Delta(ApiModel):
@@ -150,15 +169,20 @@ class Delta(ApiModel):
     role: Literal["assistant"] | None = Field(default=None, exclude_if=lambda value: value is None)
     """On the first chunk of a choice."""
     content: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """New text."""
 
 
 class ChunkChoice(ApiModel):
     """A piece of one generated message."""
 
     index: int
+    """Number of the choice."""
     delta: Delta
+    """What is new."""
     logprobs: ChatLogprobs | None
+    """Of the tokens that are new, where they were asked for."""
     finish_reason: Literal["stop", "length"] | None
+    """In the last chunk of a choice."""
     compute: ComputeUsage | None = Field(default=None, exclude_if=lambda value: value is None)
     """What this choice spent; on its last chunk, where there are several."""
 
@@ -167,8 +191,14 @@ class ChatChunk(ApiModel):
     """One chunk of a streamed chat completion."""
 
     id: str
+    """The same in every chunk of an answer."""
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    """Always `chat.completion.chunk`."""
     created: int
+    """Unix time in seconds."""
     model: str
+    """The served model."""
     choices: list[ChunkChoice]
+    """News of one choice; empty in the chunk that carries the usage."""
     usage: Usage | None = None
+    """In the last chunk, where it was asked for."""

@@ -73,7 +73,9 @@ class Choice(ApiModel):
     index: int
     """Choices of the first prompt come first."""
     text: str
+    """The generated text, after the prompt where `echo` asks for it."""
     logprobs: Logprobs | None
+    """Where they were asked for."""
     finish_reason: Literal["stop", "length"] | None
     """`stop`: a stop string or the end of the document."""
     compute: ComputeUsage | None = Field(default=None, exclude_if=lambda value: value is None)
@@ -84,8 +86,15 @@ class Completion(ApiModel):
     """Answer of `POST /v1/completions`, whole or one chunk of a stream."""
 
     id: str
+    """Of this answer; the same in every chunk of a stream."""
     object: Literal["text_completion"] = "text_completion"
+    """Always `text_completion`."""
     created: int
+    """Unix time in seconds."""
     model: str
+    """The served model."""
     choices: list[Choice]
+    """One per choice, those of the first prompt first; in a stream, news of one choice, and none in the chunk with the
+    usage."""
     usage: Usage | None = None
+    """What the request used; in a stream, in the last chunk, where it was asked for."""

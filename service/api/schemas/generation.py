@@ -107,8 +107,11 @@ class Usage(ApiModel):
     prompt_tokens: int
     """Tokens of the prompts, one put in front of each included; choices of a prompt share them."""
     completion_tokens: int
+    """Tokens generated, all choices together."""
     total_tokens: int
+    """Both together."""
     prompt_tokens_details: PromptTokensDetails
+    """More about the prompts."""
     compute: ComputeUsage
     """What was asked for, granted and spent."""
     note: str | None = Field(default=None, exclude_if=lambda value: value is None)

@@ -36,6 +36,7 @@ class TileModel(ApiModel):
     """A run of positions that the trunk reads as one step."""
 
     start: int
+    """Index of its first token."""
     end: int
     """Not included."""
     info_loss: float
@@ -48,6 +49,7 @@ class TilingModel(ApiModel):
     """The tiles of a text at one budget, and what reading it costs."""
 
     budget: float
+    """As it was asked for."""
     granted: float
     """The budget, or the floor where the budget does not pay for adaptive firing."""
     reason: str
@@ -70,16 +72,22 @@ class Features(ApiModel):
     """What the density is made of, one value per position."""
 
     state_gradient: list[float]
+    """How far the encoder's state moved."""
     attention_entropy: list[float]
+    """How spread the hidden attention is, 0 to 1."""
     temporal_distance: list[float]
+    """How far back it looks, in bytes."""
     predictive_entropy: list[float]
+    """Entropy of the early exit, in bits."""
 
 
 class TilingsUsage(ApiModel):
     """What the analysis itself cost."""
 
     prompt_tokens: int
+    """Tokens read."""
     compute: ComputeUsage
+    """What the analysis cost; it has no resolution to save at."""
 
 
 class Tilings(ApiModel):
@@ -88,12 +96,18 @@ class Tilings(ApiModel):
     """
 
     object: Literal["tilings"] = "tilings"
+    """Always `tilings`."""
     model: str
+    """The served model."""
     rule: Literal["plan", "online"]
+    """As it was asked for."""
     tokens: list[int]
+    """Of the text, one put in front included."""
     density: list[float]
     """Bits that a position would lose if the trunk were stale there."""
     features: Features
+    """What the density is made of."""
     tilings: list[TilingModel]
     """In the order of the budgets."""
     usage: TilingsUsage
+    """What the analysis used."""

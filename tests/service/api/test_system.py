@@ -123,13 +123,15 @@ def test_the_openapi_document_describes_every_route_and_field(server: Running) -
     for path, methods in document["paths"].items():
         for operation in methods.values():
             assert operation["description"], path
+            for parameter in operation.get("parameters", []):
+                assert parameter["description"], (path, parameter["name"])
             assert "422" not in operation["responses"], "errors of validation are 400 here"
+    for name, schema in document["components"]["schemas"].items():
+        for field, described in schema.get("properties", {}).items():
+            assert described.get("description"), (name, field)
     schemas = document["components"]["schemas"]
     for name in ("CompletionRequest", "ChatRequest", "TilingsRequest", "TokenizeRequest", "DetokenizeRequest"):
         assert schemas[name]["examples"], name
-    for name in ("CompletionRequest", "ChatRequest"):
-        for field, schema in schemas[name]["properties"].items():
-            assert "description" in schema, (name, field)
     for name, path in (("CompletionRequest", "completions"), ("ChatRequest", "chat/completions")):
         for example in schemas[name]["examples"]:
             assert server.client.post(f"/v1/{path}", json=example | {"max_tokens": 2}).status_code == 200

@@ -4,6 +4,14 @@ import os
 import subprocess
 import sys
 
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from service.engine.model_runner import ModelRunner
+from tests.model.shapes import without_compiled_code
+from tests.service.engine.fakes import make_sequence
+from tests.service.servers import tiny_model
+
 WORK = """
 import importlib, pkgutil, time
 import model.ops
@@ -50,3 +58,34 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_a_decoding_step_is_billed_what_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All budgets in one batch, one state shrunk; the recurrence, which torch does not see, is taken off the bill."""
+    without_compiled_code(monkeypatch)
+    model = tiny_model()
+    runner, config = ModelRunner(model), model.config
+    sequences = [make_sequence(prompt=70, max_tokens=99, budget=budget) for budget in (1.0, 0.9, 0.8, 0.01)]
+    for slot, sequence in enumerate(sequences):
+        sequence.slot, sequence.columns = slot, config.d_state if slot else min(config.d_state_levels)
+        while not sequence.prefilled:
+            (outcome,) = runner.prefill([sequence])
+            assert outcome is not None
+            sequence.read += outcome.positions
+        sequence.last_token = 65
+
+    def unseen(width: int, columns: int) -> int:
+        inner = config.inner(width)
+        return 2 * config.d_conv * (inner + 2 * config.d_state) + 5 * inner * columns
+
+    for _ in range(20):
+        with FlopCounterMode(display=False) as counter:
+            outcomes = runner.decode(sequences)
+        booked = 0
+        for sequence, outcome in zip(sequences, outcomes, strict=True):
+            assert outcome is not None
+            outer = (config.encoder_layers + config.decoder_layers) * unseen(config.d_model, config.d_state)
+            trunk = len(outcome.tile_ends) * config.trunk_layers * unseen(config.d_trunk, sequence.columns)
+            density = 4 * config.inner(config.d_model) * config.d_state if 0 < sequence.grant.rates.decode < 1 else 0
+            booked += outcome.flops.total - outer - trunk - density
+        assert counter.get_total_flops() == booked
