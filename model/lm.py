@@ -128,7 +128,7 @@ class AdaptiveAttentionSystem(nn.Module):
 
     def encode(self, tokens: Tensor, states: tuple[BlockState, ...]) -> Encoded:
         """Run the encoder over tokens [B, L] from ``states`` (not changed)."""
-        hidden, after, trace = self._run(self.encoder, self.embedding(tokens), states)
+        hidden, after, trace = self._run(self.encoder, self.embedding(tokens), states, traced=True)
         assert trace is not None, "the encoder has at least one block"
         return Encoded(hidden, after, trace)
 
@@ -200,13 +200,16 @@ class AdaptiveAttentionSystem(nn.Module):
         stretch: Tensor | None = None,
         lengths: Tensor | None = None,
         columns: Tensor | None = None,
+        *,
+        traced: bool = False,
     ) -> tuple[Tensor, tuple[BlockState, ...], ScanTrace | None]:
-        """A stack of residual blocks over [B, L, D]; the states after, and the last block's trace."""
+        """A stack of residual blocks over [B, L, D]; the states after, and the last block's trace if it is wanted."""
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         after, trace = [], None
         for block, state in zip(blocks, states, strict=True):
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
-            hidden, new, trace = run(hidden, state, stretch, lengths=lengths, columns=columns)
+            wanted = traced and block is blocks[-1]
+            hidden, new, trace = run(hidden, state, stretch, lengths=lengths, columns=columns, traced=wanted)
             after.append(new)
         return hidden, tuple(after), trace
 

@@ -195,6 +195,7 @@ class VariableStateSpaceModel(nn.Module):
         *,
         lengths: Tensor | None = None,
         columns: Tensor | None = None,
+        traced: bool = True,
     ) -> tuple[Tensor, BlockState, ScanTrace]:
         """Read L positions.
 
@@ -203,12 +204,13 @@ class VariableStateSpaceModel(nn.Module):
             stretch: [B, L] bytes per step, at least 1 (trunk only).
             lengths: [B] positions that count; what stands beyond is padding and leaves the state alone. None: all.
             columns: [B] of the state that run; None for all of them.
+            traced: whether the trace will be looked at; if not, the states before its chunks may be left out.
 
         Returns:
             output [B, L, D], the state after, and the trace.
         """
         if compiled(hidden):
-            return self._forward_compiled(hidden, state, stretch, lengths, columns)
+            return self._forward_compiled(hidden, state, stretch, lengths, columns, traced=traced)
         z, xBC_raw, dt_raw = self.in_proj(hidden).split([self.d_inner, self.conv_dim, self.heads], dim=-1)
         window = torch.cat([state.conv_state, xBC_raw], dim=1)
         mixed = F.conv1d(window.transpose(1, 2), self.conv_weight.unsqueeze(1), self.conv_bias, groups=self.conv_dim)
@@ -238,6 +240,8 @@ class VariableStateSpaceModel(nn.Module):
         stretch: Tensor | None,
         lengths: Tensor | None,
         columns: Tensor | None,
+        *,
+        traced: bool,
     ) -> tuple[Tensor, BlockState, ScanTrace]:
         """The same by compiled loops, on a CPU where nobody asks for gradients."""
         batch, length = hidden.shape[:2]
@@ -246,7 +250,8 @@ class VariableStateSpaceModel(nn.Module):
         lengths = torch.full((batch,), length) if lengths is None else lengths
         columns = torch.full((batch,), width) if columns is None else columns
         after = BlockState(*(value.clone(memory_format=torch.contiguous_format) for value in state.tensors()))
-        before = torch.zeros(batch, -(-length // self.chunk_size), *after.ssm_state.shape[1:])
+        chunks = -(-length // self.chunk_size) if traced else 0
+        before = torch.zeros(batch, chunks, *after.ssm_state.shape[1:])
         projected, mixed = self.in_proj(hidden), torch.empty(batch, length, self.conv_dim)
         steps, gated = torch.zeros(batch, length, self.heads), torch.zeros(batch, length, self.d_inner)
         levels, scale, taps, bias, dt_bias, A_log, D, norm, exponent, least_dt, most_dt, eps = self.arrays()
@@ -343,9 +348,11 @@ class AdaptiveMambaBlock(nn.Module):
         *,
         lengths: Tensor | None = None,
         columns: Tensor | None = None,
+        traced: bool = True,
     ) -> tuple[Tensor, BlockState, ScanTrace]:
         """``hidden`` [B, L, D] with the block's update added; see the mixer."""
-        update, after, trace = self.mixer(self.norm(hidden), state, stretch, lengths=lengths, columns=columns)
+        normal = self.norm(hidden)
+        update, after, trace = self.mixer(normal, state, stretch, lengths=lengths, columns=columns, traced=traced)
         return hidden + update, after, trace
 
     def step(

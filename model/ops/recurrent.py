@@ -240,7 +240,8 @@ def mixer_rows(
         log_stretch: [B, L] logarithm of the bytes that a step stands for.
         lengths: [B] positions that count. columns: [B] of the state that run, at most N.
         ssm_state: [B, H, P, N], advanced in place.
-        before: [B, c, H, P, N], filled with the state before each chunk of ``chunk_size`` positions that counts.
+        before: [B, c, H, P, N], filled with the state before each chunk of ``chunk_size`` positions that counts; where
+            c is 0, nobody wants it.
         steps: [B, L, H], filled with dt. gated: [B, L, HP], filled with gated outputs. Both 0 where nothing counts.
         dt_bias, A_log, D: [H]. exponent: [H], of the stretch. least_dt, most_dt: limits of the step size.
     """
@@ -251,9 +252,9 @@ def mixer_rows(
         count = lengths[b]
         for h in range(first, last):
             now, part = ssm_state[b, h], slice(h * headdim, (h + 1) * headdim)
-            rate = math.exp(A_log[h])
+            rate, traced = math.exp(A_log[h]), before.shape[1] > 0
             for t in range(count):
-                if t % chunk_size == 0:
+                if traced and t % chunk_size == 0:
                     before[b, t // chunk_size, h] = now
                 size = projected[b, t, inner + channels + h] + dt_bias[h]
                 size = _step_size(size, exponent[h], log_stretch[b, t], least_dt, most_dt)

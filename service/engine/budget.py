@@ -73,9 +73,9 @@ class Grant:
         return self.lowest < self.highest
 
     @property
-    def charged(self) -> float | None:
-        """The share that its bytes are granted; None at the floor, where they get what they spend."""
-        return None if self.rates.decode <= 0.0 else self.granted
+    def floored(self) -> bool:
+        """Whether the trunk does not run: what is granted is then what is spent."""
+        return self.rates.decode <= 0.0
 
     def at(self, ease: float, cost: CostModel) -> Grant:
         """This grant where the load leaves so much of the way from ``lowest`` (0) to ``highest`` (1)."""

@@ -206,8 +206,8 @@ class Sequence:
     last_fire: int = 0
     flops: Flops = field(default_factory=Flops)
     full_flops: int = 0
-    allowed: float = 0.0
-    """Operations that its grants allowed for what was done."""
+    granted: Counter[float] = field(default_factory=Counter)
+    """Operations at full resolution of what was done, by the share that was granted for it."""
     regranted: bool = False
     """Whether the grant was ever changed."""
     scheduled: float | None = None
@@ -258,8 +258,9 @@ class Sequence:
         """Book operations that were spent on this sequence."""
         self.flops = self.flops + flops
         self.full_flops += full_flops
-        charged = self.grant.charged
-        self.allowed += flops.total if charged is None else charged * full_flops
+        # At the floor the share follows from how much of the request is prompt: there the head runs once, in all.
+        share = flops.total / full_flops if self.grant.floored and full_flops else self.grant.granted
+        self.granted[share] += full_flops
 
     def close_tiles(self, ends: list[int]) -> list[int]:
         """Book tiles that ended at these offsets from ``positions``; their sizes in bytes."""
@@ -314,11 +315,14 @@ def total_usage(sequences: Collection[Sequence]) -> ComputeUsage:
     positions = sum(sequence.positions - sequence.inherited for sequence in sequences)
     reasons = [sequence.grant.reason for sequence in sequences]
     lowered = any(sequence.regranted for sequence in sequences) or Reason.LOAD in reasons
-    # At the floor the share follows from how much of the request is prompt: there the head runs once, in all.
-    averaged = full_flops > 0 and (lowered or grant.charged is None)
+    granted = sum((sequence.granted for sequence in sequences), Counter[float]())
+    if len(granted) > 1:
+        share = sum(share * operations for share, operations in granted.items()) / full_flops
+    else:
+        share = next(iter(granted), grant.granted)  # to the last bit what was granted
     return ComputeUsage(
         requested=grant.requested,
-        granted=sum(sequence.allowed for sequence in sequences) / full_flops if averaged else grant.granted,
+        granted=share,
         spent=spent_flops / full_flops if full_flops else 0.0,
         spent_flops=spent_flops,
         full_flops=full_flops,

@@ -61,7 +61,7 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
 
 
 def test_a_decoding_step_is_billed_what_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All budgets in one batch, one state shrunk; the recurrence, which torch does not see, is taken off the bill."""
+    """All budgets in a batch, one state shrunk. What torch does not see is taken off: recurrence and window."""
     without_compiled_code(monkeypatch)
     model = tiny_model()
     runner, config = ModelRunner(model), model.config
@@ -86,6 +86,7 @@ def test_a_decoding_step_is_billed_what_torch_counts(monkeypatch: pytest.MonkeyP
             assert outcome is not None
             outer = (config.encoder_layers + config.decoder_layers) * unseen(config.d_model, config.d_state)
             trunk = len(outcome.tile_ends) * config.trunk_layers * unseen(config.d_trunk, sequence.columns)
-            density = 4 * config.inner(config.d_model) * config.d_state if 0 < sequence.grant.rates.decode < 1 else 0
-            booked += outcome.flops.total - outer - trunk - density
+            density = 2 * (2 * config.inner(config.d_model) + config.density_window) * config.d_state
+            analysed = 0.0 < sequence.grant.rates.decode < 1.0
+            booked += outcome.flops.total - outer - trunk - density * analysed
         assert counter.get_total_flops() == booked
