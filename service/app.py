@@ -91,7 +91,8 @@ def _make_engine(settings: Settings, model: AdaptiveAttentionSystem, metrics: Me
         load=LoadControl(settings.load_patience_seconds),
         deadlines=Deadlines(settings.queue_seconds, settings.request_seconds),
     )
-    admission = Admission(settings.max_running + settings.max_waiting, settings.queue_seconds, settings.stall_seconds)
+    most = settings.max_running + settings.max_waiting
+    admission = Admission(most, settings.max_running, settings.queue_seconds, settings.stall_seconds)
     return EngineThread(engine, admission)
 
 

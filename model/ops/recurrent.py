@@ -24,6 +24,8 @@ Singles = NDArray[np.float32]
 # Sums may be reordered into vector registers; infinities and NaN keep their meaning.
 _VECTORS = {"reassoc", "contract", "nsz"}
 _ONE = np.float32(1.0)
+_REACH = 32
+"""Positions that one head reads before the next does: what the heads share stays in the nearest caches meanwhile."""
 
 
 def compiled(x: Tensor) -> bool:
@@ -250,20 +252,21 @@ def mixer_rows(
     d_state = (channels - inner) // 2
     for b in range(projected.shape[0]):
         count = lengths[b]
-        for h in range(first, last):
-            now, part = ssm_state[b, h], slice(h * headdim, (h + 1) * headdim)
-            rate, traced = math.exp(A_log[h]), before.shape[1] > 0
-            for t in range(count):
-                if traced and t % chunk_size == 0:
-                    before[b, t // chunk_size, h] = now
-                size = projected[b, t, inner + channels + h] + dt_bias[h]
-                size = _step_size(size, exponent[h], log_stretch[b, t], least_dt, most_dt)
-                steps[b, t, h] = size
-                x, out = mixed[b, t, part], gated[b, t, part]
-                decay = np.float32(math.exp(-size * rate))
-                key, query = mixed[b, t, inner:], mixed[b, t, inner + d_state :]
-                _advance_head(now, columns[b], x, key, query, size, decay, out)
-                _skip_and_gate(out, x, D[h], projected[b, t, part])
+        for start in range(0, count, _REACH):
+            for h in range(first, last):
+                now, part = ssm_state[b, h], slice(h * headdim, (h + 1) * headdim)
+                rate, traced = math.exp(A_log[h]), before.shape[1] > 0
+                for t in range(start, min(start + _REACH, count)):
+                    if traced and t % chunk_size == 0:
+                        before[b, t // chunk_size, h] = now
+                    size = projected[b, t, inner + channels + h] + dt_bias[h]
+                    size = _step_size(size, exponent[h], log_stretch[b, t], least_dt, most_dt)
+                    steps[b, t, h] = size
+                    x, out = mixed[b, t, part], gated[b, t, part]
+                    decay = np.float32(math.exp(-size * rate))
+                    key, query = mixed[b, t, inner:], mixed[b, t, inner + d_state :]
+                    _advance_head(now, columns[b], x, key, query, size, decay, out)
+                    _skip_and_gate(out, x, D[h], projected[b, t, part])
 
 
 @njit(cache=True, nogil=True)

@@ -45,6 +45,8 @@ class Admission:
 
     most_open: int
     """Sequences that may run and wait together."""
+    most_running: int
+    """Of them, how many run at once."""
     longest_queue: float = math.inf
     """Seconds that a new sequence may have to wait, as far as can be foreseen."""
     stall_seconds: float = math.inf
@@ -130,13 +132,18 @@ class EngineThread:
         with self._lock:
             if not self.accepting:
                 raise EngineStoppedError
-            wait = self._engine.pace.seconds_for(sum(s.reserved for s in self._open if s.scheduled is None))
-            if len(self._open) + len(sequences) > self._admission.most_open or wait > self._admission.longest_queue:
+            most, count = self._admission, len(self._open) + len(sequences)
+            wait = self._queue_seconds() if count > most.most_running else 0.0
+            if count > most.most_open or wait > most.longest_queue:
                 self._engine.load.refused(self._engine.clock())
                 raise EngineBusyError(wait)
             for sequence in sequences:
                 self._open[sequence] = receiver
             self._inbox.put(partial(self._engine.add, tuple(sequences)))
+
+    def _queue_seconds(self) -> float:
+        """How long the work of those that wait is going to take."""
+        return self._engine.pace.seconds_for(sum(s.reserved for s in self._open if s.scheduled is None))
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence before the next step; nothing happens if it has ended."""

@@ -27,7 +27,7 @@ class GatedRunner(FakeRunner):
 
 def make_thread(runner: FakeRunner, **admission: float) -> EngineThread:
     engine, _ = make_engine(runner, time.monotonic, slots=1)
-    return EngineThread(engine, Admission(2, **admission))
+    return EngineThread(engine, Admission(2, 1, **admission))
 
 
 def no_flush() -> None:
@@ -174,9 +174,9 @@ def test_a_step_that_does_not_end_fails_its_requests_and_the_engine_recovers(run
 
 
 def test_a_request_that_would_wait_too_long_is_refused_with_an_estimate(runner: GatedRunner) -> None:
-    engine, _ = make_engine(runner, time.monotonic, slots=1)
+    engine, _ = make_engine(runner, time.monotonic, slots=1)  # one of the two that might run at once waits all the same
     engine.pace.worked(flops=COST.full_flops(1, 0), seconds=2.0)  # two seconds a token
-    thread = EngineThread(engine, Admission(100, longest_queue=15.0))
+    thread = EngineThread(engine, Admission(100, 2, longest_queue=15.0))
     thread.start()
     runs, waits = Collector(), Collector()
     thread.submit([running := make_sequence(max_tokens=0)], Receiver(runs, no_flush))
