@@ -140,7 +140,8 @@ MUTATIONS = (
     ),
     Mutation(
         "compiled pass: padding advances a state", LOOPS,
-        "for t in range(count):", "for t in range(length):", (PACKING,),
+        "for t in range(start, min(start + _REACH, count)):",
+        "for t in range(start, min(start + _REACH, gated.shape[1])):", (PACKING,),
     ),
     Mutation(
         "plain pass: padding advances a state", MIXER,
