@@ -7,7 +7,7 @@ from starlette.concurrency import run_in_threadpool
 
 from service.api.auth import KeyedRoute
 from service.api.context import ContextDependency
-from service.api.errors import ERRORS
+from service.api.errors import ERRORS, ApiError
 from service.api.requests import check_ids, check_length, check_model
 from service.api.schemas.system import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest, TokenizerInfo
 
@@ -29,7 +29,10 @@ async def tokenize(body: TokenizeRequest, context: ContextDependency) -> Tokeniz
 async def detokenize(body: DetokenizeRequest, context: ContextDependency) -> Detokenized:
     """The text of token ids."""
     check_model(context, body.model)
-    check_length(context, "tokens", body.tokens)
+    most = context.settings.max_prompt_bytes + 1  # what the longest prompt is made of
+    if len(body.tokens) > most:
+        message = f"tokens: at most {most} are taken, not {len(body.tokens)}"
+        raise ApiError(400, message, param="tokens", code="context_length_exceeded")
     check_ids(context, "tokens", body.tokens)
     return Detokenized(prompt=context.tokenizer.decode(body.tokens))
 

@@ -109,7 +109,11 @@ def test_the_openapi_document_has_the_limits_of_the_server(server: Running) -> N
     assert ids["items"]["maximum"] == lists["items"]["items"]["maximum"] == 256
     assert field("TokenizeRequest", "prompt")["maxLength"] == settings.max_prompt_bytes
     assert field("TilingsRequest", "text")["maxLength"] == settings.max_prompt_bytes
-    assert field("DetokenizeRequest", "tokens")["maxItems"] == settings.max_prompt_bytes + 1
+    most = field("DetokenizeRequest", "tokens")["maxItems"]
+    assert most == settings.max_prompt_bytes + 1
+    for first in (1, 256):
+        answers = [server.client.post("/detokenize", json={"tokens": [first] + [1] * n}) for n in (most - 1, most)]
+        assert [answer.status_code for answer in answers] == [200, 400]
 
 
 def test_the_openapi_document_describes_every_route_and_field(server: Running) -> None:
