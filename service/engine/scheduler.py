@@ -116,7 +116,7 @@ class Scheduler:
         """Start waiting sequences for which there is room, and pick the work of the next step."""
         batch = Batch()
         blocked = False
-        for sequence in tuple(self.waiting):
+        for sequence in tuple(self.waiting) if self._free else ():
             shared = sequence.shared
             if shared is not None and shared.reader is not None and not shared.read:
                 continue
@@ -185,7 +185,7 @@ class Scheduler:
             sequence.shared.reader = sequence
 
     def _make_room(self, sequence: Sequence, batch: Batch) -> bool:
-        """Whether the state of a waiting sequence fits, if need be after shrinking others or itself."""
+        """Whether the state of a waiting sequence fits, if need be after shrinking others."""
         shared, spare = sequence.shared, self.limits.state_bytes - self.state_bytes
         if shared is not None and shared.read:
             assert shared.reader is not None, "somebody has read it"
