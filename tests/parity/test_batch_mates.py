@@ -7,7 +7,8 @@ import torch
 
 from model.checkpoint import EMBEDDED_CHECKPOINT, load_checkpoint
 from model.lm import AdaptiveAttentionSystem
-from tests.model.shapes import random_model, random_tokens, step_through
+from model.state import ModelState
+from tests.model.shapes import random_model, random_tokens, step_through, without_compiled_code
 
 RATES = torch.tensor([1.0, 0.0, 0.5, 0.1, 0.9, 0.02, 0.3, 1.0, 0.05], dtype=torch.float64)
 
@@ -52,6 +53,24 @@ def test_rows_that_do_not_take_part_do_not_change_and_change_nothing(model: Adap
             for place, row in enumerate(rows.tolist()):
                 assert torch.equal(output.logits[place], logits[row, read[row]])
                 read[row] += 1
+
+
+def test_some_rows_step_alike_by_tensor_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens, random = random_model(), random_tokens(len(RATES), 40), torch.Generator().manual_seed(1)
+    steps = [torch.randperm(len(RATES), generator=random)[: 1 + place % len(RATES)] for place in range(40)]
+
+    def run() -> tuple[list[torch.Tensor], ModelState]:
+        state = model.allocate_state(len(RATES))
+        outputs = [model.step(tokens[rows, place], state, RATES[rows], rows) for place, rows in enumerate(steps)]
+        return [output.logits for output in outputs], state
+
+    compiled_logits, compiled_state = run()
+    without_compiled_code(monkeypatch)
+    logits, state = run()
+    for mine, other in zip(logits, compiled_logits, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
+    for mine, other in zip(state.tensors(), compiled_state.tensors(), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
 
 
 def test_the_order_of_the_batch_changes_nothing(model: AdaptiveAttentionSystem) -> None:
