@@ -127,6 +127,7 @@ class Engine:
 
     def add(self, sequences: Collection[Sequence]) -> None:
         """Queue new sequences; all choices of one prompt together."""
+        self._adapt(self.clock())  # nobody has noticed how calm it was while there was nothing to do
         for sequence in sequences:
             if sequence.grant.flexible and self.load.ease < 1.0:
                 sequence.grant = sequence.grant.at(self.load.ease, self.runner.cost)

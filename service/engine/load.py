@@ -29,6 +29,8 @@ class LoadControl:
         """When the present spell of pressure or calm began, or last moved a step."""
         self._pressed: bool | None = None
         self._refused = -math.inf
+        self._restless = 0.0
+        """When it was last not calm."""
 
     @property
     def ease(self) -> float:
@@ -40,7 +42,10 @@ class LoadControl:
         self._refused = now
 
     def update(self, now: float, longest_wait: float) -> bool:
-        """Take note of how long the request that waits longest has waited; whether ``ease`` has changed."""
+        """Take note of how long the request that waits longest has waited; whether ``ease`` has changed.
+
+        Need not be called while there is nothing to do: that is a time of calm.
+        """
         if math.isinf(self._patience):
             return False
         pressed = None
@@ -50,14 +55,19 @@ class LoadControl:
             pressed = False
         if pressed is not self._pressed:
             # The first step down is taken at once: the wait itself was the spell.
-            self._pressed, self._since = pressed, now if pressed is not True else now - self._patience
+            self._pressed, self._since = pressed, now - self._patience if pressed else self._restless
+        if pressed is not False:
+            self._restless = now
         if pressed is None:
             return False
-        spell = self._patience if pressed else self._patience * self.CALM
-        target = self._step + (1 if pressed else -1)
-        if now - self._since < spell or not 0 <= target < len(self.STEPS):
+        if pressed:
+            steps = int(now - self._since >= self._patience)
+        else:
+            steps = -int((now - self._since) // (self._patience * self.CALM))
+        before, self._step = self._step, min(max(self._step + steps, 0), len(self.STEPS) - 1)
+        if self._step == before:
             return False
-        self._step, self._since = target, now
+        self._since = now
         return True
 
 

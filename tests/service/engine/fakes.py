@@ -115,7 +115,7 @@ class FakeRunner:
         for sequence in sequences:
             assert self.held[sequence.slot] == sequence.columns
         if self.fail_decode:
-            raise RuntimeError("planted")
+            raise MemoryError("planted")
         outcome = Outcome(Phase.DECODE, 1, Flops(encoder=10, trunk=5), 20, [0], 97)
         return [None if sequence in self.not_finite else outcome for sequence in sequences]
 

@@ -217,6 +217,20 @@ def test_what_arrives_under_load_is_lowered_from_the_start() -> None:
     assert value(metrics, "rheostat_budget_decisions_total", reason="load") == 1
 
 
+def test_what_arrives_long_after_the_load_gets_what_it_asks_for() -> None:
+    runner, now = FakeRunner(), [0.0]
+    engine, _ = make_engine(runner, lambda: now[0], slots=1, load=LoadControl(1.0))
+    engine.add([make_sequence(prompt=99), make_sequence(prompt=199)])
+    for second in range(12):
+        now[0] = float(second)
+        engine.step()
+    assert engine.load.ease == 0.0
+    engine.end_all(FinishReason.ABORT)
+    now[0] = 100.0
+    engine.add([late := make_sequence(least=0.6)])
+    assert (late.grant.granted, late.grant.reason) == (1.0, Reason.REQUESTED)
+
+
 def test_states_that_allow_it_shrink_before_others_wait() -> None:
     engine, _, _ = engine_of(slots=3, state_bytes=2 * SIZES[8])
     lowers, fixed = make_sequence(max_tokens=9, least=0.5), make_sequence(max_tokens=9)

@@ -24,7 +24,17 @@ def test_calm_raises_slowly_and_what_is_between_changes_nothing() -> None:
     run(load, 0.0, 2.0, wait=2.0)
     assert set(run(load, 2.0, 20.0, wait=0.5)) == {0.5}
     eases = run(load, 22.0, 12.0, wait=0.0)
-    assert eases == [0.5] * 16 + [0.75] * 16 + [1.0] * 16
+    assert eases == [0.5] * 15 + [0.75] * 16 + [1.0] * 17
+
+
+def test_a_time_without_work_is_calm() -> None:
+    load = LoadControl(1.0)
+    run(load, 0.0, 9.0, wait=2.0)
+    assert load.ease == 0.0
+    assert load.update(8.75 + 8.5, 0.0)
+    assert load.ease == 0.5
+    assert load.update(3600.0, 0.0)
+    assert load.ease == 1.0
 
 
 def test_refusals_are_pressure_too() -> None:
