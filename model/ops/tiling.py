@@ -93,12 +93,7 @@ def plan_block(
         if cost[start] < total:
             total = cost[start]
             last = start
-    fires = np.zeros(length, np.uint8)
-    tiles = 0
-    while last > 0:
-        fires[last - 1] = 1
-        tiles += 1
-        last = back[last]
+    fires, tiles = _follow(back, last)
     return fires, tiles, total
 
 
@@ -139,13 +134,20 @@ def plan_sizes(
         if cost[start] < cost[last]:
             last = start
     total = cost[last]
-    fires = np.zeros(length, np.uint8)
+    fires, tiles = _follow(back, last)
+    return fires, tiles, total
+
+
+@njit(cache=True)
+def _follow(back: Integers, last: int) -> tuple[Bytes, int]:  # pragma: no cover - compiled
+    """Fires of the tiling whose last closed tile ends at ``last``, from where each tile begins, and their number."""
+    fires = np.zeros(back.shape[0] - 1, np.uint8)
     tiles = 0
     while last > 0:
         fires[last - 1] = 1
         tiles += 1
         last = back[last]
-    return fires, tiles, total
+    return fires, tiles
 
 
 @njit(cache=True)
