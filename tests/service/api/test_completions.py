@@ -81,10 +81,13 @@ def test_prompts_of_every_size(server: Running, prompt: str) -> None:
 
 
 def test_fields_that_leave_the_answer_as_it_is_are_taken(server: Running) -> None:
-    server.complete(
-        model="tiny", n=1, best_of=1, echo=False, logprobs=None, repetition_penalty=1.0, presence_penalty=0, user="u",
-        logit_bias={}, suffix=None, min_p=0.0, top_k=-1, stop=None, seed=None, something_new=[1],
+    plain = server.complete(temperature=0)
+    answer = server.complete(
+        temperature=0, model="tiny", n=1, best_of=1, echo=False, logprobs=None, repetition_penalty=1.0,
+        presence_penalty=0, user="u", logit_bias={}, suffix=None, min_p=0.0, top_k=-1, stop=None, seed=None,
+        something_new=[1],
     )  # fmt: skip
+    assert answer["choices"] == plain["choices"]
 
 
 def test_counters_grow_by_what_a_request_used(server: Running) -> None:
