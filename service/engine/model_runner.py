@@ -54,11 +54,6 @@ class ModelRunner:
         self.prefixes: PrefixCache[ModelState] = PrefixCache(prefix_cache_bytes)
 
     @property
-    def name(self) -> str:
-        """Of the model."""
-        return self._model.config.name
-
-    @property
     def cost(self) -> CostModel:
         """What the model costs."""
         return self._model.cost
