@@ -3,63 +3,69 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
-from model.checkpoint import read_config
-from model.config import ModelConfig
+from pydantic.fields import FieldInfo
+
 from model.device import choose_device, set_threads
 from model.training.config import TrainingConfig
 from model.training.loop import Run, train
+from model.training.recipe import read_recipe, shipped_recipes
+
+BY_SIZE = "by-size"
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command on ``parser``."""
-    defaults = TrainingConfig()
     parser.add_argument("corpus", type=Path, help="folder of <domain>.<train|valid>.txt[.xz], documents end in NUL")
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoint, state and log")
+    parser.add_argument(
+        "--recipe", default="small", help=f"a TOML file, or one of those shipped: {', '.join(shipped_recipes())}"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
-    parser.add_argument("--initial", type=Path, help="checkpoint to start from, with a fresh optimiser")
-    parser.add_argument("--config", type=Path, help="folder of a checkpoint, or JSON of one, whose shape to use")
-    parser.add_argument("--weights", type=_weights, help="sampling weights, such as code=0.55,prose=0.45")
+    parser.add_argument("--initial", type=Path, help="checkpoint to start from, its shape included; fresh optimiser")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--minutes", type=float, help="stop and save after this long")
-    parser.add_argument("--checkpointing", action="store_true", help="less memory for long sequences, more time")
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"], help="others need a GPU")
-    parser.add_argument("--plain", action="store_true", help="full resolution only: the plain Mamba-2 baseline")
-    for name in ("steps", "sequences", "length", "seed", "warmup", "validate_every", "save_every"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
-    for name in (
-        "learning_rate",
-        "cooldown",
-        "full_weight",
-        "floor_share",
-        "uniform_share",
-        "weight_decay",
-        "lambda_info",
-        "lambda_compute",
-    ):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(defaults, name))
-    parser.add_argument("--shape", type=_shape, default={}, help="changes to the shape, such as d_model=128")
+    over = parser.add_argument_group("over the recipe", "Each wins over what the recipe says.")
+    over.add_argument("--shape", type=_shape, default={}, help="of [model], such as d_model=128,trunk_layers=6")
+    over.add_argument(
+        "--weights", type=_weights, help=f"of [data], sampling weights such as code=0.55,prose=0.45, or {BY_SIZE}"
+    )
+    for name, field in TrainingConfig.model_fields.items():
+        over.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **_option(field))
 
 
 def run_train(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     set_threads(arguments.threads)
-    chosen = {name: getattr(arguments, name) for name in TrainingConfig.model_fields if hasattr(arguments, name)}
-    shape = ModelConfig() if arguments.config is None else read_config(arguments.config).model
-    shape = ModelConfig.model_validate({**shape.model_dump(), **arguments.shape})
+    if arguments.initial and arguments.shape:
+        raise ValueError("--shape cannot change the shape of --initial, which is the checkpoint's")
+    training = {name: value for name, value in vars(arguments).items() if name in TrainingConfig.model_fields}
+    weights = {} if arguments.weights is None else {"weights": arguments.weights}
+    recipe = read_recipe(arguments.recipe, {"model": arguments.shape, "training": training, "data": weights})
     run = Run(
         corpus=arguments.corpus,
         output=arguments.output,
         resume=arguments.resume,
         initial=arguments.initial,
-        weights=arguments.weights,
         device=choose_device(arguments.device),
         minutes=arguments.minutes,
     )
-    train(run, shape, TrainingConfig.model_validate(chosen))
+    train(run, recipe)
     return 0
+
+
+def _option(field: FieldInfo) -> dict[str, Any]:
+    """Arguments for argparse's ``add_argument``, for the option of a setting; the recipe checks its bounds."""
+    described: dict[str, Any] = {"help": (field.description or "").replace("%", "%%").replace("\n", " ")}
+    if field.annotation is bool:
+        return described | {"action": argparse.BooleanOptionalAction}
+    if get_origin(field.annotation) is Literal:
+        return described | {"choices": get_args(field.annotation)}
+    return described | {"type": field.annotation}
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
@@ -70,8 +76,16 @@ def _pairs(text: str) -> list[tuple[str, str]]:
 
 
 def _weights(text: str) -> dict[str, float]:
-    return {name: float(value) for name, value in _pairs(text)}
+    return {} if text == BY_SIZE else {name: float(value) for name, value in _pairs(text)}
 
 
-def _shape(text: str) -> dict[str, int | str]:
-    return {name: value if name == "name" else int(value) for name, value in _pairs(text)}
+def _shape(text: str) -> dict[str, Any]:
+    return {name: _value(value) for name, value in _pairs(text)}
+
+
+def _value(text: str) -> Any:
+    """A number or truth value as JSON writes it; anything else is text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

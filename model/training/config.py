@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from model.config import StrictModel
 
@@ -12,16 +12,26 @@ from model.config import StrictModel
 class TrainingConfig(StrictModel):
     """How a model is trained. Lengths in bytes, rates in trunk fires per byte."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     steps: int = Field(default=2000, ge=1)
+    """Batches that the model is trained on in all."""
     sequences: int = Field(default=4, ge=1, le=4096)
+    """Of one batch."""
     length: int = Field(default=2048, ge=64, le=1 << 17)
+    """Bytes of one sequence."""
     learning_rate: float = Field(default=3e-3, gt=0, lt=1)
+    """At its peak."""
     weight_decay: float = Field(default=0.05, ge=0, lt=1)
+    """Of the matrices and the embedding."""
     warmup: int = Field(default=50, ge=0)
+    """Steps over which the learning rate rises."""
     cooldown: float = Field(default=0.4, gt=0, le=1)
     """Share of the steps over which the learning rate falls."""
     clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient."""
     seed: int = Field(default=0, ge=0)
+    """Of the weights, the text that is read, and the resolutions that are drawn."""
     plain: bool = False
     """Train at full resolution only: the plain Mamba-2 to compare with."""
     full_weight: float = Field(default=0.5, ge=0, le=1)
@@ -34,8 +44,11 @@ class TrainingConfig(StrictModel):
     """Share of reduced passes that run at a smaller state size."""
     # Drawn uniformly: drawn uniformly by logarithm, middle budgets were hardly better than the floor.
     lowest_rate: float = Field(default=1 / 64, gt=0, le=1)
+    """Of the other reduced passes."""
     highest_rate: float = Field(default=0.97, gt=0, le=1)
+    """Of the other reduced passes."""
     exit_weight: float = Field(default=0.1, ge=0)
+    """Weight of the early exit's loss."""
     lambda_info: float = Field(default=0.1, ge=0)
     """Weight of what keeps information: divergence from full resolution, and the density's regression."""
     lambda_compute: float = Field(default=1.0, ge=0)
@@ -45,5 +58,8 @@ class TrainingConfig(StrictModel):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of matrix products on a GPU; states, sums and losses stay in fp32. fp16 scales the loss."""
     validate_every: int = Field(default=200, ge=1)
+    """Steps between two validations."""
     validation_sequences: int = Field(default=16, ge=1)
+    """Of validation text, of the length of those in training."""
     save_every: int = Field(default=100, ge=1)
+    """Steps between two saved states."""

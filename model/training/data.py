@@ -6,6 +6,7 @@ A folder holds ``<domain>.<split>.txt`` or ``.txt.xz`` files; documents are UTF-
 from __future__ import annotations
 
 import lzma
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,20 +63,21 @@ class Corpus:
     same seed read the same bytes.
     """
 
-    def __init__(self, domains: list[Domain], weights: dict[str, float] | None = None) -> None:
+    def __init__(self, domains: list[Domain], weights: Mapping[str, float] | None = None) -> None:
         self.domains = domains
         sizes = {domain.name: float(len(domain.text)) for domain in domains}
-        chosen = sizes if weights is None else weights
+        chosen = weights or sizes
         if set(chosen) != set(sizes):
-            raise CorpusError(f"weights name {sorted(chosen)}, the corpus has {sorted(sizes)}")
+            names, held = (", ".join(sorted(one)) for one in (chosen, sizes))
+            raise CorpusError(f"weights name {names}; the corpus has {held}: give weights of these, or by size")
         share = np.array([chosen[domain.name] for domain in domains])
         if not (np.isfinite(share).all() and (share >= 0).all() and share.sum() > 0):
             raise CorpusError(f"weights must be finite, not negative, not all zero: {chosen}")
         self.share = share / share.sum()
 
     @classmethod
-    def open(cls, folder: Path, split: str, weights: dict[str, float] | None = None) -> Corpus:
-        """Read every ``<domain>.<split>.txt[.xz]`` of a folder.
+    def open(cls, folder: Path, split: str, weights: Mapping[str, float] | None = None) -> Corpus:
+        """Read every ``<domain>.<split>.txt[.xz]`` of a folder; domains weigh as their sizes if there are no weights.
 
         Raises:
             CorpusError: there is none, or one is unreadable.

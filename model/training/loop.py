@@ -23,6 +23,7 @@ from model.training.data import Corpus
 from model.training.firing import sample_reduced
 from model.training.loss import cross_entropy
 from model.training.optimizer import AdaptiveOptimizer
+from model.training.recipe import Recipe
 
 STATE_FILE = "training.pt"
 LOG_FILE = "log.jsonl"
@@ -41,14 +42,12 @@ class Run:
     resume: bool = False
     initial: Path | None = None
     """A checkpoint to start from, with a fresh optimiser."""
-    weights: dict[str, float] | None = None
-    """Sampling weight by domain; by size where absent."""
     device: str = "cpu"
     minutes: float | None = None
     """Stop (and save) after this long; resume goes on with the same schedule."""
 
 
-def train(run: Run, shape: ModelConfig, config: TrainingConfig) -> AdaptiveAttentionSystem:
+def train(run: Run, recipe: Recipe) -> AdaptiveAttentionSystem:
     """Train a model, or go on with a stopped run, and return it.
 
     A finished run is calibrated on the validation text, and its model counts as adapted to reduced budgets, unless it
@@ -62,12 +61,13 @@ def train(run: Run, shape: ModelConfig, config: TrainingConfig) -> AdaptiveAtten
         FloatingPointError: the loss is not finite.
     """
     _check_output(run)
-    corpus = Corpus.open(run.corpus, "train", run.weights)
-    held_out = Corpus.open(run.corpus, "valid", run.weights)
+    config = recipe.training
+    corpus = Corpus.open(run.corpus, "train", recipe.data.weights)
+    held_out = Corpus.open(run.corpus, "valid", recipe.data.weights)
     torch.manual_seed(config.seed)
     if run.initial and read_config(run.initial).special_tokens is not None:
         raise TrainingError(f"training reads bytes, and the tokens of {run.initial} are subwords")
-    model = load_checkpoint(run.initial) if run.initial else AdaptiveAttentionSystem(shape)
+    model = load_checkpoint(run.initial) if run.initial else AdaptiveAttentionSystem(_shape(recipe))
     ByteTokenizer().require_vocabulary(model.config.name, model.config.vocab_size)
     model.requires_grad_(True).to(run.device).train()
     optimizer = AdaptiveOptimizer(model, config)
@@ -115,6 +115,11 @@ def validate(model: AdaptiveAttentionSystem, tokens: Tensor) -> dict[str, float]
     model.train()
     count = tokens[:, 1:].numel() * math.log(2.0)
     return {f"validation_{name}": value / count for name, value in sums.items()}
+
+
+def _shape(recipe: Recipe) -> ModelConfig:
+    """Of a new model; one that is trained at full resolution only is not adapted to others."""
+    return recipe.model.model_copy(update={"adapted": recipe.model.adapted and not recipe.training.plain})
 
 
 def _check_output(run: Run) -> None:

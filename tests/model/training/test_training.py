@@ -14,6 +14,7 @@ from model.convert import convert
 from model.training.config import TrainingConfig
 from model.training.data import Corpus, CorpusError
 from model.training.loop import Run, TrainingError, train
+from model.training.recipe import Recipe
 from tests.model.shapes import SMALL
 from tests.model.subwords import write_subword_source
 from tests.model.test_convert import write_source
@@ -22,6 +23,11 @@ SHAPE = ModelConfig(**{**SMALL.model_dump(), "name": "run"})
 CONFIG = TrainingConfig(
     steps=6, sequences=2, length=128, warmup=2, validate_every=3, validation_sequences=2, save_every=3, floor_share=0.3
 )
+RECIPE = Recipe(model=SHAPE, training=CONFIG)
+
+
+def recipe(**training: object) -> Recipe:
+    return RECIPE.model_copy(update={"training": CONFIG.model_copy(update=training)})
 
 
 @pytest.fixture
@@ -41,10 +47,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_stopped_and_resumed_run_ends_where_an_uninterrupted_one_does(corpus: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(Run(corpus, whole), SHAPE, CONFIG)
-    stopped = train(Run(corpus, parts, minutes=0.0), SHAPE, CONFIG)  # stops after one step
+    train(Run(corpus, whole), RECIPE)
+    stopped = train(Run(corpus, parts, minutes=0.0), RECIPE)  # stops after one step
     assert not torch.equal(stopped.embedding.weight, weights(whole)["embedding.weight"])
-    train(Run(corpus, parts, resume=True), SHAPE, CONFIG)
+    train(Run(corpus, parts, resume=True), RECIPE)
     for name, value in weights(whole).items():
         torch.testing.assert_close(weights(parts)[name], value, atol=1e-6, rtol=1e-5, msg=name)
     log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
@@ -53,8 +59,7 @@ def test_a_stopped_and_resumed_run_ends_where_an_uninterrupted_one_does(corpus: 
 
 
 def test_the_loss_falls_on_text_that_repeats(corpus: Path, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"steps": 40, "learning_rate": 1e-2, "validate_every": 20})
-    train(Run(corpus, tmp_path / "out"), SHAPE, config)
+    train(Run(corpus, tmp_path / "out"), recipe(steps=40, learning_rate=1e-2, validate_every=20))
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["validation_full"] < 5.0 < 8.0
     assert log[-1]["validation_full"] < log[0]["validation_full"]
@@ -63,31 +68,31 @@ def test_the_loss_falls_on_text_that_repeats(corpus: Path, tmp_path: Path) -> No
 def test_a_run_is_not_overwritten_nor_continued_with_other_settings(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(TrainingError, match="holds no run to resume"):
-        train(Run(corpus, out, resume=True), SHAPE, CONFIG)
-    train(Run(corpus, out, minutes=0.0), SHAPE, CONFIG)
+        train(Run(corpus, out, resume=True), RECIPE)
+    train(Run(corpus, out, minutes=0.0), RECIPE)
     with pytest.raises(TrainingError, match="already holds a run"):
-        train(Run(corpus, out), SHAPE, CONFIG)
+        train(Run(corpus, out), RECIPE)
     with pytest.raises(TrainingError, match="has other settings"):
-        train(Run(corpus, out, resume=True), SHAPE, CONFIG.model_copy(update={"seed": 9}))
+        train(Run(corpus, out, resume=True), recipe(seed=9))
 
 
 def test_a_plain_run_and_one_from_a_checkpoint(corpus: Path, tmp_path: Path) -> None:
-    plain = CONFIG.model_copy(update={"plain": True, "steps": 2})
-    train(Run(corpus, tmp_path / "plain"), SHAPE, plain)
+    train(Run(corpus, tmp_path / "plain"), recipe(plain=True, steps=2))
+    assert not read_config(tmp_path / "plain").model.adapted
     before = weights(tmp_path / "plain")
-    still = CONFIG.model_copy(update={"steps": 1, "learning_rate": 1e-9, "weight_decay": 0.0})
-    train(Run(corpus, tmp_path / "more", initial=tmp_path / "plain"), SHAPE, still)
+    still = recipe(steps=1, learning_rate=1e-9, weight_decay=0.0)
+    train(Run(corpus, tmp_path / "more", initial=tmp_path / "plain"), still)
+    assert read_config(tmp_path / "more").model.adapted
     torch.testing.assert_close(weights(tmp_path / "more")["embedding.weight"], before["embedding.weight"])
 
 
 def test_a_converted_model_counts_as_adapted_once_its_training_is_finished(corpus: Path, tmp_path: Path) -> None:
     write_source(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "converted")
-    config = CONFIG.model_copy(update={"steps": 2})
 
     def adapted(output: str, **changes: object) -> bool:
         run = Run(corpus, tmp_path / output, initial=tmp_path / "converted", minutes=changes.pop("minutes", None))
-        train(run, SHAPE, config.model_copy(update=changes))
+        train(run, recipe(steps=2, **changes))
         saved = read_config(tmp_path / output).model
         assert saved == load_checkpoint(tmp_path / output).config
         assert saved.model_copy(update={"adapted": False}) == read_config(tmp_path / "converted").model
@@ -103,20 +108,20 @@ def test_subwords_are_not_trained_as_bytes(corpus: Path, tmp_path: Path) -> None
     write_subword_source(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "converted")
     with pytest.raises(TrainingError, match=r"training reads bytes, and the tokens of .*converted are subwords"):
-        train(Run(corpus, tmp_path / "out", initial=tmp_path / "converted"), SHAPE, CONFIG)
-    shape = SHAPE.model_copy(update={"vocab_size": 300})
+        train(Run(corpus, tmp_path / "out", initial=tmp_path / "converted"), RECIPE)
+    subwords = RECIPE.model_copy(update={"model": SHAPE.model_copy(update={"vocab_size": 300})})
     with pytest.raises(ValueError, match="run: vocab_size = 300 must be 257 to read bytes"):
-        train(Run(corpus, tmp_path / "out"), shape, CONFIG)
+        train(Run(corpus, tmp_path / "out"), subwords)
 
 
 def test_the_bytes_of_all_legs_are_counted(corpus: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     batch = CONFIG.sequences * CONFIG.length
-    train(Run(corpus, first), SHAPE, CONFIG.model_copy(update={"steps": 2}))
-    short = CONFIG.model_copy(update={"steps": 3})
-    train(Run(corpus, second, initial=first, minutes=0.0), SHAPE, short)  # stops after one step
+    train(Run(corpus, first), recipe(steps=2))
+    short = recipe(steps=3)
+    train(Run(corpus, second, initial=first, minutes=0.0), short)  # stops after one step
     assert read_config(second).provenance["bytes"] == 3 * batch
-    train(Run(corpus, second, resume=True), SHAPE, short)
+    train(Run(corpus, second, resume=True), short)
     assert read_config(second).provenance == {"steps": 3, "bytes_before": 2 * batch, "bytes": 5 * batch, "seed": 0}
 
 
