@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -11,8 +12,11 @@ from pydantic.fields import FieldInfo
 
 from model.device import choose_device, set_threads
 from model.training.config import TrainingConfig
+from model.training.distributed import join_ranks
+from model.training.faults import BrokenRunError
 from model.training.loop import Run, train
 from model.training.recipe import read_recipe, shipped_recipes
+from model.training.stopping import StopRequest
 
 BY_SIZE = "by-size"
 
@@ -39,23 +43,33 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    """Run the command; returns the exit status."""
+    """Run the command; returns the exit status: 1 of a run that broke off, 128 + n of one that signal n stopped."""
     set_threads(arguments.threads)
     if arguments.initial and arguments.shape:
         raise ValueError("--shape cannot change the shape of --initial, which is the checkpoint's")
     training = {name: value for name, value in vars(arguments).items() if name in TrainingConfig.model_fields}
     weights = {} if arguments.weights is None else {"weights": arguments.weights}
     recipe = read_recipe(arguments.recipe, {"model": arguments.shape, "training": training, "data": weights})
-    run = Run(
-        corpus=arguments.corpus,
-        output=arguments.output,
-        resume=arguments.resume,
-        initial=arguments.initial,
-        device=choose_device(arguments.device),
-        minutes=arguments.minutes,
-    )
-    train(run, recipe)
-    return 0
+    with join_ranks(choose_device(arguments.device)) as (ranks, device), StopRequest() as stop:
+        run = Run(
+            corpus=arguments.corpus,
+            output=arguments.output,
+            resume=arguments.resume,
+            initial=arguments.initial,
+            device=device,
+            minutes=arguments.minutes,
+        )
+        try:
+            trained = train(run, recipe, ranks, lambda: stop.signal is not None)
+        except BrokenRunError as fault:
+            print(f"rheostat: {fault}", file=sys.stderr)
+            return 1
+    if trained.steps == recipe.training.steps:
+        return 0
+    if ranks.leads:
+        resume = "the same command with --resume goes on"
+        print(f"rheostat: stopped after step {trained.steps}, saved in {run.output}; {resume}", file=sys.stderr)
+    return 0 if stop.signal is None else 128 + stop.signal
 
 
 def _option(field: FieldInfo) -> dict[str, Any]:

@@ -65,10 +65,9 @@ class Corpus:
 
     def __init__(self, domains: list[Domain], weights: Mapping[str, float] | None = None) -> None:
         self.domains = domains
-        sizes = {domain.name: float(len(domain.text)) for domain in domains}
-        chosen = weights or sizes
-        if set(chosen) != set(sizes):
-            names, held = (", ".join(sorted(one)) for one in (chosen, sizes))
+        chosen = weights or self.sizes
+        if set(chosen) != set(self.sizes):
+            names, held = (", ".join(sorted(one)) for one in (chosen, self.sizes))
             raise CorpusError(f"weights name {names}; the corpus has {held}: give weights of these, or by size")
         share = np.array([chosen[domain.name] for domain in domains])
         if not (np.isfinite(share).all() and (share >= 0).all() and share.sum() > 0):
@@ -92,6 +91,11 @@ class Corpus:
             lengths = np.array([len(document) + 1 for document in documents], dtype=np.int64)
             domains.append(Domain(path.name.split(".")[0], text, np.concatenate([[0], lengths.cumsum()[:-1]])))
         return cls(domains, weights)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of text by domain."""
+        return {domain.name: len(domain.text) for domain in self.domains}
 
     def batch(self, seed: int, step: int, sequences: int, length: int) -> Tensor:
         """Tokens [sequences, length + 1], int64: half begin at a document, half anywhere."""

@@ -5,7 +5,7 @@ Source: ``AdaptiveOptimizer.optimize_step``, section 4.5.2 of the source documen
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,21 @@ from torch.optim import AdamW
 
 from model.lm import AdaptiveAttentionSystem
 from model.training.config import TrainingConfig
+from model.training.distributed import ALONE, Ranks
 from model.training.firing import Reduced
-from model.training.loss import Loss, compute_loss
+from model.training.loss import compute_loss
 from model.training.muon import Muon
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one training step saw."""
+
+    bits: dict[str, float]
+    """Bits per byte by pass, over this process's texts."""
+    gradient_norm: float
+    """Before clipping, of all processes together."""
+    learning_rate: float
 
 
 class AdaptiveOptimizer:
@@ -25,15 +37,16 @@ class AdaptiveOptimizer:
 
     Args:
         model: its parameters are changed in place. config: learning rate and its schedule, clipping, weight decay,
-            precision, checkpointing.
+            precision, checkpointing. ranks: the processes that take each step together.
 
     Raises:
         ValueError: mixed precision without a GPU.
     """
 
-    def __init__(self, model: AdaptiveAttentionSystem, config: TrainingConfig) -> None:
+    def __init__(self, model: AdaptiveAttentionSystem, config: TrainingConfig, ranks: Ranks = ALONE) -> None:
         self.model = model
         self.config = config
+        self.ranks = ranks
         device = model.device.type
         if config.precision != "fp32" and device == "cpu":
             raise ValueError(f"precision = {config.precision!r} needs a GPU; on a CPU it must be 'fp32'")
@@ -77,21 +90,25 @@ class AdaptiveOptimizer:
         left = (self.config.steps - step) / max(1.0, self.config.cooldown * self.config.steps)
         return warm * min(1.0, max(0.01, left))
 
-    def optimize_step(self, tokens: Tensor, reduced: Reduced | None, step: int) -> Loss:
-        """One training step on tokens [B, L + 1] at the sampled resolution.
+    def optimize_step(self, tokens: Tensor, reduced: Reduced | None, step: int) -> Step:
+        """One training step on tokens [B, L + 1], this process's, at the sampled resolution.
 
         Raises:
-            FloatingPointError: the loss is not finite; the parameters are unchanged.
+            FloatingPointError: the loss or the gradient is not finite, on any process; the parameters are unchanged.
         """
         with self.mixed():
             loss = compute_loss(self.model, tokens, reduced, self.config)
-        if not math.isfinite(loss.total.item()):
-            raise FloatingPointError(f"loss is {loss.total.item()} at step {step}: {loss.bits}")
+        seen = f"loss {loss.total.item():.4g} (bits per byte: {_listed(loss.bits)})"
+        if not self.ranks.mean(loss.total).isfinite():
+            raise FloatingPointError(f"the loss is not finite in step {step + 1}: {seen}")
         self.scaler.scale(loss.total).backward()
+        self.ranks.average_gradients(self.model.parameters())
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        overflown = self.scaler.is_enabled() and not norm.isfinite()  # the scaler halves its scale, nothing else moves
+        overflown = not norm.isfinite()
+        if overflown and not self.scaler.is_enabled():  # a loss scale is halved instead, nothing else moves
+            raise FloatingPointError(f"the gradient's norm is {norm.item()} in step {step + 1}: {seen}")
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * self.schedule(step)
@@ -99,7 +116,7 @@ class AdaptiveOptimizer:
                 self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        return loss
+        return Step(loss.bits, norm.item(), self.config.learning_rate * self.schedule(step))
 
     def state_dict(self) -> list[dict[str, Any]]:
         """State of both optimisers, and of the loss scale."""
@@ -110,3 +127,7 @@ class AdaptiveOptimizer:
         for optimizer, state in zip(self.optimizers, states[:-1], strict=True):
             optimizer.load_state_dict(state)
         self.scaler.load_state_dict(states[-1])
+
+
+def _listed(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())

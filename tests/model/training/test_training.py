@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,9 @@ from model.config import ModelConfig
 from model.convert import convert
 from model.training.config import TrainingConfig
 from model.training.data import Corpus, CorpusError
-from model.training.loop import Run, TrainingError, train
+from model.training.faults import TrainingError
+from model.training.log import read_log
+from model.training.loop import Run, train
 from model.training.recipe import Recipe
 from tests.model.shapes import SMALL
 from tests.model.subwords import write_subword_source
@@ -49,20 +50,17 @@ def test_a_stopped_and_resumed_run_ends_where_an_uninterrupted_one_does(corpus: 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(Run(corpus, whole), RECIPE)
     stopped = train(Run(corpus, parts, minutes=0.0), RECIPE)  # stops after one step
-    assert not torch.equal(stopped.embedding.weight, weights(whole)["embedding.weight"])
+    assert not torch.equal(stopped.model.embedding.weight, weights(whole)["embedding.weight"])
     train(Run(corpus, parts, resume=True), RECIPE)
     for name, value in weights(whole).items():
-        torch.testing.assert_close(weights(parts)[name], value, atol=1e-6, rtol=1e-5, msg=name)
-    log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in log] == [3, 6]
-    assert all(record["validation_full"] > 0 for record in log)
+        assert torch.equal(weights(parts)[name], value), name
 
 
 def test_the_loss_falls_on_text_that_repeats(corpus: Path, tmp_path: Path) -> None:
     train(Run(corpus, tmp_path / "out"), recipe(steps=40, learning_rate=1e-2, validate_every=20))
-    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    assert log[-1]["validation_full"] < 5.0 < 8.0
-    assert log[-1]["validation_full"] < log[0]["validation_full"]
+    scores = [float(row["validation_full"]) for row in read_log(tmp_path / "out")]
+    assert scores[1] < 5.0
+    assert scores[1] < scores[0]
 
 
 def test_a_run_is_not_overwritten_nor_continued_with_other_settings(corpus: Path, tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""Bits per byte of validation text along the dial."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from model.lm import AdaptiveAttentionSystem
+from model.training.firing import Reduced, choose_fires
+from model.training.loss import cross_entropy
+
+RATES = {"full": 1.0, "three_quarters": 0.75, "half": 0.5, "quarter": 0.25, "floor": 0.0}
+"""Trunk fires per byte by name."""
+
+ROWS = 4
+"""Sequences that are run together: it bounds the memory."""
+
+
+@torch.no_grad()
+def validate(model: AdaptiveAttentionSystem, tokens: Tensor, *, plain: bool = False) -> dict[str, float]:
+    """Bits per byte over tokens [B, L + 1] at each of ``RATES``, at full resolution only if ``plain``.
+
+    Between the ends the trunk fires by the causal rule, as in training: at one threshold per rate, fitted to these
+    texts. What all of it takes is about three passes at full resolution. The model is left in training mode.
+    """
+    model.eval()
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    rates = {"full": 1.0} if plain else RATES
+    fires = dict(_fires(model, inputs, rates))
+    sums = dict.fromkeys(rates, 0.0)
+    for start in range(0, len(tokens), ROWS):
+        rows = slice(start, start + ROWS)
+        encoded = model.encode(inputs[rows], model.allocate_state(len(inputs[rows])).encoder)
+        for name in rates:
+            chosen = fires[name]
+            state = model.allocate_state(len(inputs[rows]))
+            output = model.combine(encoded.hidden, None if chosen is None else chosen[rows], state)
+            sums[name] += cross_entropy(model.head(output), targets[rows]).double().sum().item()
+    model.train()
+    return {name: total / (targets.numel() * math.log(2.0)) for name, total in sums.items()}
+
+
+def _fires(
+    model: AdaptiveAttentionSystem, inputs: Tensor, rates: dict[str, float]
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Where the trunk fires at each rate: [B, L] bool, or None for everywhere."""
+    analysed = any(model.cost.analysed(rate) for rate in rates.values())
+    density = torch.cat([model.analyse(rows) for rows in inputs.split(ROWS)]).numpy() if analysed else None
+    for name, rate in rates.items():
+        if rate >= 1.0:
+            yield name, None
+        else:
+            assert density is not None
+            chosen = choose_fires(model.tiles, density, Reduced(rate, uniform=False, d_state=None, momentum=0.0))
+            yield name, torch.from_numpy(chosen).to(inputs.device)
