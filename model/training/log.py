@@ -114,7 +114,7 @@ class Means:
 
 
 def _written(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.6g}"
+    return str(value) if isinstance(value, int) else f"{value:.8g}"
 
 
 def _line(cells: list[str]) -> str:

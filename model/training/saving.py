@@ -93,10 +93,10 @@ def check_same_run(state: TrainingState, recipe: Recipe, corpus: dict[str, int])
 
 
 def save_run(folder: Path, state: TrainingState, model: AdaptiveAttentionSystem) -> None:
-    """Write the state, then the checkpoint; each file appears whole or not at all.
+    """Write the checkpoint, then the state; each file appears whole or not at all.
 
     Raises:
-        OSError: they cannot be written, for example because the disk is full. What was there before is untouched.
+        OSError: they cannot be written, for example because the disk is full. A state that was there is untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
     content = {field.name: getattr(state, field.name) for field in fields(state)}
@@ -109,13 +109,13 @@ def save_run(folder: Path, state: TrainingState, model: AdaptiveAttentionSystem)
         "seed": state.recipe.training.seed,
     }
     with _whole_files(folder):
+        save_checkpoint(model, folder, provenance)
         partial = folder / f"{STATE_FILE}.partial"
         with partial.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(folder / STATE_FILE)
-        save_checkpoint(model, folder, provenance)
 
 
 @contextmanager

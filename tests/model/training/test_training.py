@@ -2,62 +2,73 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from model.checkpoint import load_checkpoint, read_config
-from model.config import ModelConfig
 from model.convert import convert
-from model.training.config import TrainingConfig
 from model.training.data import Corpus, CorpusError
 from model.training.faults import TrainingError
 from model.training.log import read_log
 from model.training.loop import Run, train
-from model.training.recipe import Recipe
-from tests.model.shapes import SMALL
+from model.training.recipe import DataConfig
+from model.training.saving import load_state
+from model.training.validation import RATES
 from tests.model.subwords import write_subword_source
 from tests.model.test_convert import write_source
-
-SHAPE = ModelConfig(**{**SMALL.model_dump(), "name": "run"})
-CONFIG = TrainingConfig(
-    steps=6, sequences=2, length=128, warmup=2, validate_every=3, validation_sequences=2, save_every=3, floor_share=0.3
-)
-RECIPE = Recipe(model=SHAPE, training=CONFIG)
-
-
-def recipe(**training: object) -> Recipe:
-    return RECIPE.model_copy(update={"training": CONFIG.model_copy(update=training)})
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    for split in ("train", "valid"):
-        text = "\0".join(f"document {n}: " + "the quick brown fox jumps. " * 12 for n in range(20)) + "\0"
-        (folder / f"prose.{split}.txt").write_text(text)
-        (folder / f"code.{split}.txt").write_text(text.replace("fox", "def"))
-    return folder
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint(folder).state_dict()
+from tests.model.training.runs import CONFIG, RECIPE, SHAPE, after, recipe, weights
 
 
 def test_a_stopped_and_resumed_run_ends_where_an_uninterrupted_one_does(corpus: Path, tmp_path: Path) -> None:
+    """To the last bit, on one thread: parameters, running statistics, optimiser, validation."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(Run(corpus, whole), RECIPE)
-    stopped = train(Run(corpus, parts, minutes=0.0), RECIPE)  # stops after one step
+    stopped = train(Run(corpus, parts, minutes=0.0), RECIPE)
+    assert stopped.steps == 1
     assert not torch.equal(stopped.model.embedding.weight, weights(whole)["embedding.weight"])
-    train(Run(corpus, parts, resume=True), RECIPE)
+    assert train(Run(corpus, parts, resume=True), RECIPE, stop_asked=after(3)).steps == 4
+    assert train(Run(corpus, parts, resume=True), RECIPE).steps == 6
     for name, value in weights(whole).items():
         assert torch.equal(weights(parts)[name], value), name
+    one, other = (load_state(folder, "cpu") for folder in (whole, parts))
+    assert flat(one.optimizer) == flat(other.optimizer)
+    rows, resumed = read_log(whole), read_log(parts)
+    assert [int(row["step"]) for row in rows] == [int(row["step"]) for row in resumed] == [1, 2, 3, 4, 5, 6]
+    timed = {"seconds", "memory_mib"}
+    for row, again in zip(rows, resumed, strict=True):
+        for column in row.keys() - timed:  # a session validates after its last step too
+            assert row[column] in (again[column], ""), column
+        assert float(row["seconds"]) > 0.0
+    assert all(float(rows[step - 1][f"validation_{rate}"]) > 0 for step in (3, 6) for rate in RATES)
+    assert all(float(a["seconds"]) < float(b["seconds"]) for a, b in pairwise(resumed))
+
+
+def flat(value: Any) -> Any:
+    """Nested values with tensors as lists of numbers."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: flat(inner) for key, inner in value.items()}
+    return [flat(inner) for inner in value] if isinstance(value, list) else value
+
+
+def test_rows_that_will_be_written_again_are_dropped(corpus: Path, tmp_path: Path) -> None:
+    """A process that is killed has logged steps after the last saved one."""
+    out = tmp_path / "out"
+    train(Run(corpus, out), RECIPE, stop_asked=after(3))
+    log = out / "log.csv"
+    cells = log.read_text().splitlines()[-1].split(",")
+    log.write_text(log.read_text() + ",".join(["4", *cells[1:]]) + "\n" + "5,12")
+    train(Run(corpus, out, resume=True), RECIPE)
+    assert [int(row["step"]) for row in read_log(out)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_loss_falls_on_text_that_repeats(corpus: Path, tmp_path: Path) -> None:
-    train(Run(corpus, tmp_path / "out"), recipe(steps=40, learning_rate=1e-2, validate_every=20))
+    train(Run(corpus, tmp_path / "out"), recipe(steps=40, learning_rate=1e-2, log_every=20, validate_every=20))
     scores = [float(row["validation_full"]) for row in read_log(tmp_path / "out")]
     assert scores[1] < 5.0
     assert scores[1] < scores[0]
@@ -70,8 +81,38 @@ def test_a_run_is_not_overwritten_nor_continued_with_other_settings(corpus: Path
     train(Run(corpus, out, minutes=0.0), RECIPE)
     with pytest.raises(TrainingError, match="already holds a run"):
         train(Run(corpus, out), RECIPE)
-    with pytest.raises(TrainingError, match="has other settings"):
+    with pytest.raises(TrainingError, match=r"has other settings: \[training\] seed was 0, not 9"):
         train(Run(corpus, out, resume=True), recipe(seed=9))
+    other = RECIPE.model_copy(update={"data": DataConfig(weights={"code": 1.0, "prose": 1.0})})
+    with pytest.raises(TrainingError, match=r"has other settings: \[data\] weights was \{\}, not \{'code'"):
+        train(Run(corpus, out, resume=True), other)
+    with (corpus / "code.train.txt").open("a") as file:
+        file.write("one more\0")
+    with pytest.raises(TrainingError, match=r"reads another text: bytes by domain were \{'code': "):
+        train(Run(corpus, out, resume=True), RECIPE)
+
+
+def test_what_does_not_touch_the_parameters_may_change_on_resume(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train(Run(corpus, out, minutes=0.0), RECIPE)
+    changed = recipe(checkpointing=True, log_every=2, validate_every=2, save_every=1)
+    assert train(Run(corpus, out, resume=True), changed).steps == 6
+
+
+def test_a_damaged_state_is_refused(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train(Run(corpus, out, minutes=0.0), RECIPE)
+    state = out / "training.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(TrainingError, match=r"training.pt is damaged, or of another version: "):
+        train(Run(corpus, out, resume=True), RECIPE)
+
+
+def test_a_run_keeps_the_shape_of_the_checkpoint_that_it_began_with(corpus: Path, tmp_path: Path) -> None:
+    shape = SHAPE.model_copy(update={"d_trunk": 32})
+    train(Run(corpus, tmp_path / "first"), RECIPE.model_copy(update={"model": shape}))
+    train(Run(corpus, tmp_path / "second", initial=tmp_path / "first", minutes=0.0), RECIPE)
+    assert train(Run(corpus, tmp_path / "second", resume=True), RECIPE).model.config == shape
 
 
 def test_a_plain_run_and_one_from_a_checkpoint(corpus: Path, tmp_path: Path) -> None:
