@@ -37,11 +37,18 @@ class Ranks:
         return batch[self.rank * share : (self.rank + 1) * share]
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of ``values`` over the processes, the same to the last bit on each; not differentiable."""
+        """The mean of ``values`` over the processes, the same to the last bit on each; not differentiable.
+
+        Raises:
+            ConnectionError: another process is gone.
+        """
         if self.size == 1:
             return values.detach()
         total = values.detach().clone()
-        torch.distributed.all_reduce(total)
+        try:
+            torch.distributed.all_reduce(total)
+        except RuntimeError as error:
+            raise ConnectionError("another process of the run broke off") from error
         return total / self.size
 
     def average_gradients(self, parameters: Iterable[Tensor]) -> None:

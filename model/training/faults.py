@@ -36,8 +36,10 @@ def explain(error: Exception, folder: Path, step: int, saved: int | None) -> Bro
             f"out of memory in step {step}; {kept}. --checkpointing needs less, and may be given with --resume; lower "
             "--sequences or --length need less too, but make another run"
         )
+    resume = "" if saved is None else ", and --resume goes on from it once that is mended"
+    if isinstance(error, ConnectionError):
+        return BrokenRunError(f"{error} in step {step}; {kept}{resume}")
     if isinstance(error, OSError):
-        resume = "" if saved is None else ", and --resume goes on from it once that is mended"
         return BrokenRunError(f"cannot write to {folder}: {error.strerror or error}; {kept}{resume}")
     return None
 

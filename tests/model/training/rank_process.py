@@ -7,6 +7,7 @@ tensors, or the message that the run ended with.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,22 +40,32 @@ def main(corpus: Path, output: Path) -> None:
         run("elastic", RECIPE)
         run("indivisible", recipe(sequences=3))
         run("stopped", RECIPE, 2 if ranks.rank == 1 else None)
-        plant_nan(ranks)
+        plant(ranks, not_a_number)
         run("nan", RECIPE)
+        plant(ranks, out_of_memory)
+        run("lost", RECIPE)  # the last one: the first process has lost the second
 
 
-def plant_nan(ranks: Ranks) -> None:
-    """Make the loss of the second process not a number in step 5."""
+def plant(ranks: Ranks, fault: Callable[[Loss], None]) -> None:
+    """Let ``fault`` change the loss of the second process in step 5."""
     calls = []
 
     def faulty(*arguments: object) -> Loss:
         calls.append(None)
         loss = compute_loss(*arguments)
         if ranks.rank == 1 and len(calls) == 5:
-            loss.total = loss.total * float("nan")
+            fault(loss)
         return loss
 
     model.training.optimizer.compute_loss = faulty
+
+
+def not_a_number(loss: Loss) -> None:
+    loss.total = loss.total * float("nan")
+
+
+def out_of_memory(_: Loss) -> None:
+    raise MemoryError
 
 
 if __name__ == "__main__":

@@ -91,6 +91,13 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_both(launched: Path) -> 
     assert "loss nan" in second
 
 
+def test_a_process_that_lost_another_says_so(launched: Path) -> None:
+    first, second = left(launched, "lost")
+    kept = f"in step 5; the state of step 3 in {launched / 'lost'} is whole"
+    assert first.startswith(f"another process of the run broke off {kept}")
+    assert second.startswith(f"out of memory {kept}")
+
+
 def test_the_command_runs_under_torchrun_and_resumes(tmp_path: Path) -> None:
     corpus, file, out = write_corpus(tmp_path / "corpus"), tmp_path / "recipe.toml", tmp_path / "out"
     file.write_text(RECIPE_TOML)
