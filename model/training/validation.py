@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -28,14 +27,12 @@ def validate(model: AdaptiveAttentionSystem, tokens: Tensor, *, plain: bool = Fa
     """
     model.eval()
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    rates = {"full": 1.0} if plain else RATES
-    fires = dict(_fires(model, inputs, rates))
-    sums = dict.fromkeys(rates, 0.0)
+    fires = {"full": None} if plain else _fires(model, inputs)
+    sums = dict.fromkeys(fires, 0.0)
     for start in range(0, len(tokens), ROWS):
         rows = slice(start, start + ROWS)
         encoded = model.encode(inputs[rows], model.allocate_state(len(inputs[rows])).encoder)
-        for name in rates:
-            chosen = fires[name]
+        for name, chosen in fires.items():
             state = model.allocate_state(len(inputs[rows]))
             output = model.combine(encoded.hidden, None if chosen is None else chosen[rows], state)
             sums[name] += cross_entropy(model.head(output), targets[rows]).double().sum().item()
@@ -43,16 +40,12 @@ def validate(model: AdaptiveAttentionSystem, tokens: Tensor, *, plain: bool = Fa
     return {name: total / (targets.numel() * math.log(2.0)) for name, total in sums.items()}
 
 
-def _fires(
-    model: AdaptiveAttentionSystem, inputs: Tensor, rates: dict[str, float]
-) -> Iterator[tuple[str, Tensor | None]]:
+def _fires(model: AdaptiveAttentionSystem, inputs: Tensor) -> dict[str, Tensor | None]:
     """Where the trunk fires at each rate: [B, L] bool, or None for everywhere."""
-    analysed = any(model.cost.analysed(rate) for rate in rates.values())
-    density = torch.cat([model.analyse(rows) for rows in inputs.split(ROWS)]).numpy() if analysed else None
-    for name, rate in rates.items():
-        if rate >= 1.0:
-            yield name, None
-        else:
-            assert density is not None
-            chosen = choose_fires(model.tiles, density, Reduced(rate, uniform=False, d_state=None, momentum=0.0))
-            yield name, torch.from_numpy(chosen).to(inputs.device)
+    density = torch.cat([model.analyse(rows) for rows in inputs.split(ROWS)]).numpy()
+    fires: dict[str, Tensor | None] = {}
+    for name, rate in RATES.items():
+        reduced = Reduced(rate, uniform=False, d_state=None, momentum=0.0)
+        chosen = None if rate >= 1.0 else choose_fires(model.tiles, density, reduced)
+        fires[name] = None if chosen is None else torch.from_numpy(chosen).to(inputs.device)
+    return fires
