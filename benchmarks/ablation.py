@@ -118,31 +118,32 @@ def fit_density(training: Tensor, held_out: Tensor, weight: float) -> dict[str, 
     optimizer = torch.optim.Adam(model.density.parameters(), lr=0.03)
     for _ in range(200):
         optimizer.zero_grad()
-        features, lost, fires = parts[0]
+        features, *measured = parts[0]
         density = model.density.combine(features)
-        loss = 0.1 * density_regression(model, density, lost, fires) + weight * compute_error(model, density, RATE)
+        loss = 0.1 * density_regression(model, density, *measured) + weight * compute_error(model, density, RATE)
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        features, lost, fires = parts[1]
+        features, *measured = parts[1]
         density = model.density.combine(features)
         return {
             "expected compute, RMS error over texts": float(compute_error(model, density, RATE).sqrt()),
-            "density regression (bits^2)": float(density_regression(model, density, lost, fires)),
+            "density regression (bits^2)": float(density_regression(model, density, *measured)),
         }
 
 
 @torch.no_grad()
-def _stale_cost(model: AdaptiveAttentionSystem, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Features [B, L, 4], nats lost by a reduced pass [B, L], and its fires [B, L]."""
+def _stale_cost(model: AdaptiveAttentionSystem, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features [B, L, 5], nats lost by the floor and by a reduced pass [B, L], and its fires [B, L]."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     state = model.allocate_state(len(inputs))
     encoded = model.encode(inputs, state.encoder)
-    features, _ = model.density(model.exit_head(encoded.hidden), encoded.trace, state.density)
+    features, _ = model.density(encoded.hidden, model.exit_head(encoded.hidden), encoded.trace, state.density)
     rows = model.analyse(inputs).numpy()
     fires = torch.from_numpy(np.stack([model.tiles.online(row, RATE, START) for row in rows]).astype(bool))
-    lost = cross_entropy(model(inputs, fires), targets) - cross_entropy(model(inputs), targets)
-    return features, lost, fires
+    full = cross_entropy(model(inputs), targets)
+    floor = cross_entropy(model(inputs, torch.zeros_like(fires)), targets)
+    return features, floor - full, cross_entropy(model(inputs, fires), targets) - full, fires
 
 
 def main() -> None:

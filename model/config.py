@@ -52,8 +52,14 @@ class ModelConfig(StrictModel):
     """Bytes planned (and prefilled) together, counted from the start of the sequence."""
     density_window: Positive = 32
     """Keys that the attention features look back at one by one; older ones are lumped together."""
+    density_hidden: int = Field(default=0, ge=0, le=1 << 12)
+    """Hidden units of the density's learned feature; 0 for none."""
     window_size: Positive = 64
     """Bytes over which the density that decides where the trunk runs is averaged, causally."""
+    inertia: float = Field(default=3.0, ge=0.0, le=100.0)
+    """What keeps stretches of fires together, in units of the spread of the log density."""
+    restart_bytes: float = Field(default=2.0, ge=0.0, le=1000.0)
+    """What a plan counts as lost while the trunk warms up after a gap, in bytes of typical density."""
     norm_eps: float = Field(default=1e-5, gt=0.0, lt=1e-2)
 
     @model_validator(mode="after")

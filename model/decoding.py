@@ -69,12 +69,15 @@ def step_plain(system: System, tokens: Tensor, state: ModelState, rates: Tensor,
     chosen = ((rates > 0.0) & ~fired).nonzero().squeeze(-1)
     if len(chosen):
         logits = nn.functional.linear(system.exit_norm(hidden[chosen]), system.head_weight)
-        features, after = system.density.step(logits, trace.select(chosen), state.density.gather(chosen))
+        features, after = system.density.step(
+            hidden[chosen], logits, trace.select(chosen), state.density.gather(chosen)
+        )
         density = system.density.smooth_step(system.density.combine(features), after)
         state.density.scatter_(chosen, after)
         fired[chosen] = fire_step(
             density, rates[chosen], system.tiles.log_threshold(rates[chosen]), system.tiles.log_spread.exp(),
-            system.tiles.tau, router.gather(chosen), (system.tiles.min_tile_size, system.tiles.max_tile_size),
+            system.tiles.inertia, system.tiles.tau, router.gather(chosen),
+            (system.tiles.min_tile_size, system.tiles.max_tile_size),
         )  # fmt: skip
     age = router.positions + 1 - router.last_fire
     index = fired.nonzero().squeeze(-1)
@@ -116,8 +119,9 @@ def step_compiled(system: System, tokens: Tensor, state: ModelState, rates: Tens
     analysed = bool(len(chosen))
     trace = _run_compiled(system.encoder, hidden, state.encoder, places, fresh, full, traced=analysed)
     if analysed:
-        logits = project_rows(_normalised(system.exit_norm, hidden[chosen]), head)
-        density = system.density.step_rows(logits, trace, state.density, chosen)
+        outputs = hidden[chosen]
+        logits = project_rows(_normalised(system.exit_norm, outputs), head)
+        density = system.density.step_rows(outputs, logits, trace, state.density, chosen)
         fired[chosen] = system.tiles.fire_rows(density, wanted, router, chosen)
     index = np.flatnonzero(fired)
     if len(index):

@@ -229,7 +229,7 @@ class AdaptiveAttentionSystem(nn.Module):
         """Smoothed density [B, L] in bits (float64), by which the trunk's places are chosen, of sequences [B, L]."""
         state = self.allocate_state(len(tokens))
         encoded = self.encode(tokens, state.encoder)
-        features, after = self.density(self.exit_head(encoded.hidden), encoded.trace, state.density)
+        features, after = self.density(encoded.hidden, self.exit_head(encoded.hidden), encoded.trace, state.density)
         return torch.from_numpy(self.density.smooth(self.density.combine(features), state.density, after))
 
     @torch.inference_mode()
@@ -290,7 +290,7 @@ class AdaptiveAttentionSystem(nn.Module):
         if not self.cost.analysed(rate):
             return np.full(encoded.hidden.shape[1], int(rate >= 1.0), np.uint8)
         before = state.density
-        features, state.density = self.density(self.exit_head(encoded.hidden), encoded.trace, before)
+        features, state.density = self.density(encoded.hidden, self.exit_head(encoded.hidden), encoded.trace, before)
         density = self.density.smooth(self.density.combine(features), before, state.density)[0]
         router = state.router
         position, last_fire, fires = (int(count) for count in (router.positions, router.last_fire, router.fires))

@@ -158,7 +158,7 @@ MUTATIONS = (
     ),
     Mutation(
         "stepping neglects that a running stretch goes on more easily", "model/adaptive/controller.py",
-        "torch.where(running, -INERTIA, INERTIA)", "torch.where(running, INERTIA, INERTIA)", (READING,),
+        "torch.where(running, -inertia, inertia)", "torch.where(running, inertia, inertia)", (READING,),
     ),
     Mutation(
         "operations of the density not billed", "model/cost.py",

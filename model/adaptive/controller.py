@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from model.ops.tiling import FARTHEST, INERTIA
+from model.ops.tiling import FARTHEST
 from model.state import RouterState
 
 
@@ -25,14 +25,15 @@ def quota_error(fires: Tensor, quota: Tensor, positions: Tensor, rates: Tensor) 
     return (fires - quota) / ((0.01 + 0.02 * rates) * positions).clamp_min(6.0)
 
 
-def adapt_resolution(log_threshold: Tensor, error: Tensor, spread: Tensor, running: Tensor) -> Tensor:
+def adapt_resolution(log_threshold: Tensor, error: Tensor, spread: Tensor, inertia: float, running: Tensor) -> Tensor:
     """The corrected log threshold [B]: gentle near the quota, steep one tolerated gap away from it, then a wall.
 
     Args:
         log_threshold: [B]. error: [B] of the quota. spread: of the log density over text, the unit of the correction.
-        running: [B] bool, the byte before fired; a stretch of fires goes on more easily than it begins.
+        inertia: in spreads, how much more easily a stretch of fires goes on than it begins.
+        running: [B] bool, the byte before fired.
     """
-    corrected = log_threshold + spread * (error + 4.0 * error**3 + torch.where(running, -INERTIA, INERTIA))
+    corrected = log_threshold + spread * (error + 4.0 * error**3 + torch.where(running, -inertia, inertia))
     return torch.where(error.abs() < FARTHEST, corrected, error * math.inf)
 
 
@@ -41,6 +42,7 @@ def fire_step(
     rates: Tensor,
     log_threshold: Tensor,
     spread: Tensor,
+    inertia: float,
     tau: float,
     state: RouterState,
     sizes: tuple[int, int],
@@ -49,7 +51,7 @@ def fire_step(
 
     Args:
         density: [B] bits. rates: [B] float64 in [0, 1]. log_threshold: [B] float64, calibrated for the rates.
-        spread: of the log density over text. tau: staleness constant in bytes.
+        spread: of the log density over text. inertia: in spreads. tau: staleness constant in bytes.
         state: before this byte, not changed. sizes: least and most bytes per tile.
 
     Returns:
@@ -60,7 +62,7 @@ def fire_step(
     never = state.last_fire == 0
     age = torch.where(never, most, position - state.last_fire)
     error = quota_error(state.fires.double(), state.quota + rates, position, rates)
-    threshold = adapt_resolution(log_threshold, error, spread, age == 1).clamp_max(700.0).exp()
+    threshold = adapt_resolution(log_threshold, error, spread, inertia, age == 1).clamp_max(700.0).exp()
     staleness = -torch.expm1(-age.clamp_max(most).double() / tau)
     wants = (density.double() * staleness >= threshold) | ((age >= most) & (error < 1.0))
     return ((wants & (age >= least)) | (rates >= 1.0)) & (rates > 0.0)

@@ -1,7 +1,8 @@
 """Information density: how many bits a byte would lose if the trunk were stale there.
 
 Source: section 4.2 of the source document. Its four ideas (state gradient, attention entropy, temporal distance,
-prediction) are read from the encoder's last block, causally, one value per position.
+prediction) are read from the encoder's last block, causally, one value per position. A fifth is learned: what a small
+network expects from the encoder's output and the other four.
 """
 
 from __future__ import annotations
@@ -20,21 +21,26 @@ from model.ops.ssd import ScanTrace, StepTrace, into_chunks, segment_decay, ssd_
 from model.ops.tiling import Floats, Integers, smooth_rows
 from model.state import DensityState
 
-FEATURES = ("state_gradient", "attention_entropy", "temporal_distance", "predictive_entropy")
+FEATURES = ("state_gradient", "attention_entropy", "temporal_distance", "predictive_entropy", "learned")
+STANDARDISED = len(FEATURES) - 1
+"""The first so many are standardised; the learned one has its unit already."""
 
 _TINY = 1e-20
 _TINIEST = 1e-30
 
 
 class InformationDensityAnalyzer(nn.Module):
-    """Density in bits per byte: a non-negative combination of four standardised features.
+    """Density in bits per byte: a non-negative combination of standardised features, and a learned one.
 
-    Training fits it to the measured cost of a stale trunk; there the features carry no gradient, for the trace has
+    Training fits it to the measured worth of the trunk; there the first four carry no gradient, for the trace has
     none. :meth:`forward` itself is differentiable, with finite gradients at any scale of its inputs.
     """
 
     mean: Tensor
     std: Tensor
+    inner: Tensor
+    inner_bias: Tensor
+    outer: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -43,10 +49,18 @@ class InformationDensityAnalyzer(nn.Module):
         self.chunk_size = config.chunk_size
         self.heads = config.heads(config.d_model)
         self.d_state = config.d_state
-        self.raw_weight = nn.Parameter(torch.full((len(FEATURES),), -1.0))
+        self.norm_eps = config.norm_eps
+        self.raw_weight = nn.Parameter(torch.full((STANDARDISED,), -1.0))
         self.bias = nn.Parameter(torch.tensor(-3.0))
-        self.register_buffer("mean", torch.zeros(len(FEATURES)))
-        self.register_buffer("std", torch.ones(len(FEATURES)))
+        self.register_buffer("mean", torch.zeros(STANDARDISED))
+        self.register_buffer("std", torch.ones(STANDARDISED))
+        units = config.density_hidden
+        inner = torch.empty(units, config.d_model + STANDARDISED).normal_(std=config.d_model**-0.5)
+        for name, value in (("inner", inner), ("inner_bias", torch.zeros(units)), ("outer", torch.zeros(units))):
+            if units:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value, persistent=False)
 
     def zero_state(self, batch: int, device: torch.device) -> DensityState:
         """The state of ``batch`` sequences of which nothing was analysed."""
@@ -60,9 +74,20 @@ class InformationDensityAnalyzer(nn.Module):
         )
 
     def combine(self, features: Tensor) -> Tensor:
-        """Density [...] in bits, above 0, from raw features [..., 4]. Differentiable in the weights."""
-        standard = (features - self.mean) / self.std
-        return F.softplus((standard * F.softplus(self.raw_weight)).sum(-1) + self.bias) + 1e-6
+        """Density [...] in bits, above 0, from features [..., 5]. Differentiable in the weights."""
+        standard = self._standard(features[..., :STANDARDISED])
+        total = (standard * F.softplus(self.raw_weight)).sum(-1) + self.bias + features[..., STANDARDISED]
+        return F.softplus(total) + 1e-6
+
+    def _standard(self, features: Tensor) -> Tensor:
+        return (features - self.mean) / self.std
+
+    def _learned(self, features: Tensor, hidden: Tensor) -> Tensor:
+        """``features`` [..., 4] with the learned one behind them [..., 5], from encoder outputs [..., d_model]."""
+        normal = F.rms_norm(hidden, hidden.shape[-1:], eps=self.norm_eps)
+        inner = F.linear(torch.cat([normal, self._standard(features)], -1), self.inner, self.inner_bias)
+        learned = (F.silu(inner) * self.outer).sum(-1, keepdim=True)
+        return torch.cat([features, learned], -1)
 
     @torch.no_grad()
     def smooth(self, density: Tensor, before: DensityState, after: DensityState) -> Floats:
@@ -88,29 +113,33 @@ class InformationDensityAnalyzer(nn.Module):
 
     @torch.no_grad()
     def update_statistics(self, features: Tensor, momentum: float) -> None:
-        """Move the running mean and deviation towards those of ``features`` [..., 4] by ``momentum``."""
-        flat = features.reshape(-1, len(FEATURES))
+        """Move the running mean and deviation towards those of ``features`` [..., 5] by ``momentum``."""
+        flat = features[..., :STANDARDISED].reshape(-1, STANDARDISED)
         self.mean.lerp_(flat.mean(0), momentum)
         self.std.lerp_(flat.std(0).clamp_min(1e-3), momentum)
 
-    def forward(self, exit_logits: Tensor, trace: ScanTrace, state: DensityState) -> tuple[Tensor, DensityState]:
+    def forward(
+        self, hidden: Tensor, exit_logits: Tensor, trace: ScanTrace, state: DensityState
+    ) -> tuple[Tensor, DensityState]:
         """Features of L positions.
 
         Args:
-            exit_logits: [B, L, V] of the early-exit head. trace: of the encoder's last block.
-            state: before them, not changed.
+            hidden: [B, L, d_model] encoder outputs. exit_logits: [B, L, V] of the early-exit head.
+            trace: of the encoder's last block. state: before them, not changed.
 
         Returns:
-            features [B, L, 4] in the order of ``FEATURES``, and the state after.
+            features [B, L, 5] in the order of ``FEATURES``, and the state after.
         """
         entropy, distance, after = self._attention(trace, state)
         features = torch.stack([state_gradient(trace, self.chunk_size), entropy, distance,
                                 predictive_entropy(exit_logits)], dim=-1)  # fmt: skip
-        return features, after
+        return self._learned(features, hidden), after
 
     @torch.no_grad()
-    def step(self, exit_logits: Tensor, trace: StepTrace, state: DensityState) -> tuple[Tensor, DensityState]:
-        """Features [B, 4] of one position; ``exit_logits`` [B, V], otherwise as :meth:`forward`."""
+    def step(
+        self, hidden: Tensor, exit_logits: Tensor, trace: StepTrace, state: DensityState
+    ) -> tuple[Tensor, DensityState]:
+        """Features [B, 5] of one position; ``hidden`` [B, d_model], otherwise as :meth:`forward`."""
         keys = torch.cat([state.keys[:, 1:], trace.B.unsqueeze(1)], dim=1)
         weights = torch.cat([state.weights[:, 1:], trace.dt.unsqueeze(1)], dim=1)
         log_decay = torch.cat([state.log_decay[:, 1:], trace.log_decay.unsqueeze(1)], dim=1)
@@ -125,18 +154,23 @@ class InformationDensityAnalyzer(nn.Module):
         past = (mass - (decayed * norms).sum(1)).clamp_min(0.0) * query.norm(dim=-1, keepdim=True)
         entropy, distance = self._summarise(scores, past, after.seen)
         gradient = trace.change.sqrt().log1p().to(entropy.dtype)
-        return torch.stack([gradient, entropy, distance, predictive_entropy(exit_logits)], dim=-1), after
+        features = torch.stack([gradient, entropy, distance, predictive_entropy(exit_logits)], dim=-1)
+        return self._learned(features, hidden), after
 
-    def step_rows(self, exit_logits: Singles, trace: tuple[Any, ...], state: DensityState, rows: Integers) -> Floats:
+    def step_rows(
+        self, hidden: Singles, exit_logits: Singles, trace: tuple[Any, ...], state: DensityState, rows: Integers
+    ) -> Floats:
         """Smoothed density [n] of one position for the rows ``rows`` [n] of a batch on a CPU; the compiled fast path.
 
         Args:
-            exit_logits: [n, V], of those rows. trace: of the whole batch, as arrays. state: of the whole batch, its
-                ``rows`` advanced in place.
+            hidden: [n, d_model] and exit_logits: [n, V], of those rows. trace: of the whole batch, as arrays.
+            state: of the whole batch, its ``rows`` advanced in place.
         """
-        tensors = (*state.tensors(), self.mean, self.std, self.raw_weight, self.bias)
+        tensors = (
+            *state.tensors(), self.mean, self.std, self.raw_weight, self.bias, self.inner, self.inner_bias, self.outer,
+        )  # fmt: skip
         arrays = [value.detach().numpy() for value in tensors]
-        density: Floats = density_rows(*[rows, exit_logits, *trace, *arrays, self.window_size])
+        density: Floats = density_rows(*[rows, hidden, exit_logits, *trace, *arrays, self.norm_eps, self.window_size])
         return density
 
     def _attention(self, trace: ScanTrace, state: DensityState) -> tuple[Tensor, Tensor, DensityState]:

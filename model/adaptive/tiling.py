@@ -34,9 +34,6 @@ from model.ops.tiling import (
 )
 from model.state import RouterState
 
-RESTART_BYTES = 2.0
-"""What the trunk loses while it warms up after a gap, in bytes of typical density."""
-
 RATES = tuple(2.0 ** (-k / 2.0) for k in range(14, -1, -1))
 """Fire rates at which thresholds and prices are calibrated, 1/128 to 1."""
 
@@ -80,6 +77,8 @@ class TileManager(nn.Module):
         self.min_tile_size = config.min_tile_size
         self.max_tile_size = config.max_tile_size
         self.block_size = config.block_size
+        self.inertia = config.inertia
+        self.restart_bytes = config.restart_bytes
         self.log_tau = nn.Parameter(torch.tensor(math.log(4.0)))
         start = torch.linspace(0.0, -4.0, len(RATES), dtype=torch.float64)
         self.register_buffer("log_thresholds", start.clone())
@@ -107,7 +106,7 @@ class TileManager(nn.Module):
     @property
     def restart_loss(self) -> float:
         """Bits that a plan counts as lost where the trunk runs again after a gap."""
-        return RESTART_BYTES * math.exp(self.log_at(self.log_thresholds, 0.5))
+        return self.restart_bytes * math.exp(self.log_at(self.log_thresholds, 0.5))
 
     def staleness(self, age: Tensor) -> Tensor:
         """Share of a byte's density lost to a trunk that is ``age`` bytes old. Differentiable in tau."""
@@ -221,8 +220,8 @@ class TileManager(nn.Module):
         table = staleness_table(self.tau, self.max_tile_size)
         counts = (router.last_fire.numpy(), router.fires.numpy(), router.quota.numpy(), router.positions.numpy())
         fired: Booleans = fire_rows(
-            rows, density, rates, self.log_thresholds.numpy(), RATES[0], self.spread, table, *counts,
-            self.min_tile_size, self.max_tile_size,
+            rows, density, rates, self.log_thresholds.numpy(), RATES[0], self.spread, self.inertia, table,
+            *counts, self.min_tile_size, self.max_tile_size,
         )  # fmt: skip
         return fired
 
@@ -232,8 +231,8 @@ class TileManager(nn.Module):
             log_threshold = self.log_at(self.log_thresholds, rate)
         table = staleness_table(self.tau, self.max_tile_size)
         return fire_online(
-            density, table, rate, log_threshold, self.spread, pace.last_fire, pace.fires, pace.quota, pace.position,
-            self.min_tile_size, self.max_tile_size,
+            density, table, rate, log_threshold, self.spread, self.inertia, pace.last_fire, pace.fires, pace.quota,
+            pace.position, self.min_tile_size, self.max_tile_size,
         )  # fmt: skip
 
     def longest(self, rate: float) -> int:

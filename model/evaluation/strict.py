@@ -94,7 +94,7 @@ class StrictEvaluation:
     def _density(self, encoded: Encoded, state: ModelState) -> Floats:
         exit_logits = self.model.exit_head(encoded.hidden)
         before = state.density
-        features, state.density = self.model.density(exit_logits, encoded.trace, before)
+        features, state.density = self.model.density(encoded.hidden, exit_logits, encoded.trace, before)
         density: Floats = self.model.density.smooth(self.model.density.combine(features), before, state.density)[0]
         return density
 

@@ -51,7 +51,7 @@ class PieceAnalysis:
     density: Floats
     """[L] bits, smoothed: what decides where the trunk runs."""
     features: Floats
-    """[L, 4] in the order of ``model.adaptive.density.FEATURES``."""
+    """[L, 5] in the order of ``model.adaptive.density.FEATURES``."""
     fires: list[Bytes]
     """Per plan [L]."""
     losses: list[Floats]
@@ -71,7 +71,7 @@ def analyse_piece(
     encoded = model.encode(tokens, state.encoder)
     state.encoder = encoded.states
     before = state.density
-    features, state.density = model.density(model.exit_head(encoded.hidden), encoded.trace, before)
+    features, state.density = model.density(encoded.hidden, model.exit_head(encoded.hidden), encoded.trace, before)
     density = model.density.smooth(model.density.combine(features), before, state.density)[0]
     tilings = [plan.advance(model.tiles, density) for plan in plans]
     return PieceAnalysis(

@@ -93,9 +93,33 @@ def _look_back(
     return entropy / heads / math.log(rows), distance / heads / window
 
 
+@njit(cache=True, fastmath={"reassoc", "nsz", "contract"})
+def _learned(
+    hidden: Singles, standard: Singles, inner: Singles, inner_bias: Singles, outer: Singles, eps: float
+) -> float:  # pragma: no cover - compiled
+    """The learned feature of one row: a layer of SiLU units over its normalised output and the other features."""
+    width = hidden.shape[0]
+    square = np.float32(0.0)
+    for d in range(width):
+        square += hidden[d] * hidden[d]
+    scale = np.float32(1.0) / np.float32(math.sqrt(square / width + eps))
+    total = 0.0
+    for unit in range(outer.shape[0]):
+        weights = inner[unit]
+        dot = np.float32(0.0)
+        for d in range(width):
+            dot += hidden[d] * weights[d]
+        dot = dot * scale + inner_bias[unit]
+        for k in range(standard.shape[0]):
+            dot += standard[k] * weights[width + k]
+        total += outer[unit] * dot / (1.0 + math.exp(-dot))
+    return total
+
+
 @njit(cache=True)
 def density_rows(
     rows: Integers,
+    hidden: Singles,
     logits: Singles,
     key: Singles,
     query: Singles,
@@ -112,18 +136,23 @@ def density_rows(
     std: Singles,
     raw_weight: Singles,
     bias: Singles,
+    inner: Singles,
+    inner_bias: Singles,
+    outer: Singles,
+    eps: float,
     window_size: int,
 ) -> Floats:  # pragma: no cover - compiled
     """Smoothed density [n] in bits for some rows of a batch; their state is advanced in place.
 
     Args:
-        rows: [n] which rows. logits: [n, V] of the early exit, for those rows. key, query, dt, steps_log_decay, change:
-            the trace of the encoder's last block, of all B rows.
+        rows: [n] which rows. hidden: [n, D] and logits: [n, V] of the early exit, for those rows.
+        key, query, dt, steps_log_decay, change: the trace of the encoder's last block, of all B rows.
         keys: [B, W, N]. weights, log_decay: [B, W, H]. mass: [B, H]. seen, level: [B]. The analyzer's state.
-        mean, std, raw_weight: [4]. bias: []. The analyzer's weights. window_size: bytes that the level averages over.
+        mean, std, raw_weight: [4]. bias: []. inner: [h, D + 4]. inner_bias, outer: [h]. The analyzer's weights.
+        eps: of the norm of ``hidden``. window_size: bytes that the level averages over.
     """
     density = np.empty(rows.shape[0])
-    features = np.empty(4)
+    features, standard = np.empty(4), np.empty(4, np.float32)
     for i in range(rows.shape[0]):
         b = rows[i]
         square = 0.0
@@ -146,7 +175,9 @@ def density_rows(
         features[3] = _predictive_entropy(logits[i])
         total = float(bias[()])
         for k in range(4):
-            total += (features[k] - mean[k]) / std[k] * _softplus(raw_weight[k])
+            standard[k] = (features[k] - mean[k]) / std[k]
+            total += standard[k] * _softplus(raw_weight[k])
+        total += _learned(hidden[i], standard, inner, inner_bias, outer, eps)
         level[b] += (_softplus(total) + 1e-6 - level[b]) / min(seen[b], window_size)
         density[i] = level[b]
     return density

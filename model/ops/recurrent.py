@@ -30,7 +30,12 @@ _REACH = 32
 
 def compiled(x: Tensor) -> bool:
     """Whether the compiled loops take this tensor: fp32, on a CPU, and nobody will ask for its gradient."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled()
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 @njit(inline="always")

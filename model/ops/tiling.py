@@ -18,8 +18,6 @@ Bytes = NDArray[np.uint8]
 Integers = NDArray[np.int64]
 Booleans = NDArray[np.bool_]
 
-INERTIA = 3.0
-"""Of the online rule, in units of the spread of the log density: what keeps stretches of fires together."""
 FARTHEST = 1.25
 """Gaps from the quota beyond which every byte fires, or none, whatever the text."""
 
@@ -234,6 +232,7 @@ def fires_now(
     rate: float,
     log_threshold: float,
     spread: float,
+    inertia: float,
     last_fire: int,
     fires: float,
     quota: float,
@@ -244,13 +243,13 @@ def fires_now(
     """The causal firing rule at one byte, of a rate between 0 and 1.
 
     Fires where ``density * staleness(age) >= exp(log_threshold + spread * (e + 4 e^3 + i))``, e the pacing error, or
-    where the tile is full and the quota is not exceeded. The inertia i keeps a stretch of fires going (-) and delays
-    the next one (+). ``FARTHEST`` gaps behind the quota every byte fires, as far ahead of it none.
+    where the tile is full and the quota is not exceeded. i is the inertia: it keeps a stretch of fires going (-) and
+    delays the next one (+). ``FARTHEST`` gaps behind the quota every byte fires, as far ahead of it none.
 
     Args:
         density: bits. staleness: table by age, its last entry serves all greater ages. rate: allowed fires per byte.
-        log_threshold: calibrated for the rate. spread: of the log density over text. last_fire, fires: before the byte.
-        quota, position: the byte included.
+        log_threshold: calibrated for the rate. spread: of the log density over text. inertia: in spreads.
+        last_fire, fires: before the byte. quota, position: the byte included.
     """
     age = position - last_fire if last_fire > 0 else max_size
     if age < min_size:
@@ -258,8 +257,8 @@ def fires_now(
     error = pacing_error(fires, quota, position, rate)
     if abs(error) >= FARTHEST:
         return error < 0.0
-    inertia = -INERTIA if age == 1 else INERTIA
-    threshold = math.exp(min(log_threshold + spread * (error + 4.0 * error**3 + inertia), 700.0))
+    held = -inertia if age == 1 else inertia
+    threshold = math.exp(min(log_threshold + spread * (error + 4.0 * error**3 + held), 700.0))
     return bool(density * staleness[min(age, staleness.shape[0] - 1)] >= threshold or (age >= max_size and error < 1.0))
 
 
@@ -270,6 +269,7 @@ def fire_online(
     rate: float,
     log_threshold: float,
     spread: float,
+    inertia: float,
     last_fire: int,
     fires_before: int,
     quota: float,
@@ -282,6 +282,7 @@ def fire_online(
     Args:
         density: [L] bits. staleness: table by age, its last entry serves all greater ages.
         rate: allowed fires per byte. log_threshold: calibrated for that rate. spread: of the log density over text.
+        inertia: in spreads.
         last_fire, fires_before, quota, position: the router's state before the first byte.
 
     Returns:
@@ -296,7 +297,18 @@ def fire_online(
         here = position + t + 1
         quota += rate
         if rate >= 1.0 or fires_now(
-            density[t], staleness, rate, log_threshold, spread, last_fire, fires, quota, here, min_size, max_size
+            density[t],
+            staleness,
+            rate,
+            log_threshold,
+            spread,
+            inertia,
+            last_fire,
+            fires,
+            quota,
+            here,
+            min_size,
+            max_size,
         ):
             out[t] = 1
             fires += 1.0
@@ -312,6 +324,7 @@ def fire_rows(
     log_thresholds: Floats,
     lowest_rate: float,
     spread: float,
+    inertia: float,
     staleness: Floats,
     last_fire: Integers,
     fires: Integers,
@@ -335,8 +348,8 @@ def fire_rows(
         low = min(int(place), last - 1)
         log_threshold = log_thresholds[low] + (place - low) * (log_thresholds[low + 1] - log_thresholds[low])
         fired[i] = fires_now(
-            density[i], staleness, rates[b], log_threshold, spread, last_fire[b], float(fires[b]), quota[b] + rates[b],
-            positions[b] + 1, min_size, max_size,
+            density[i], staleness, rates[b], log_threshold, spread, inertia, last_fire[b], float(fires[b]),
+            quota[b] + rates[b], positions[b] + 1, min_size, max_size,
         )  # fmt: skip
     return fired
 

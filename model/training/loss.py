@@ -58,8 +58,9 @@ def compute_loss(
     cost = cross_entropy(logits, targets)
     weight = config.full_weight
     task = weight * full.mean() + (1.0 - weight) * cost.mean() + config.exit_weight * exit_loss
+    floor = cost.detach() if reduced.rate == 0 else _floor_cost(model, encoded, targets)
     information = divergence(logits, full_logits) + density_regression(
-        model, density, cost.detach() - full.detach(), fires
+        model, density, floor - full.detach(), cost.detach() - full.detach(), fires
     )
     loss.total = task + config.lambda_info * information
     if config.lambda_compute > 0.0 and model.cost.analysed(reduced.rate) and not reduced.uniform:
@@ -75,7 +76,8 @@ def _analyse(
     """Density [B, L], differentiable in its weights, and smoothed; in training the running statistics move."""
     state = model.density.zero_state(len(exit_logits), exit_logits.device)
     with torch.autocast(exit_logits.device.type, enabled=False):
-        features, analysed = model.density(exit_logits.detach().float(), encoded.trace, state)
+        inputs = encoded.hidden.detach().float(), exit_logits.detach().float()
+        features, analysed = model.density(*inputs, encoded.trace, state)
         if model.training:
             model.density.update_statistics(features, reduced.momentum)
         density = model.density.combine(features)
@@ -83,6 +85,13 @@ def _analyse(
     if model.training:
         model.tiles.update_spread(smoothed, reduced.momentum)
     return density, smoothed
+
+
+@torch.no_grad()
+def _floor_cost(model: AdaptiveAttentionSystem, encoded: Encoded, targets: Tensor) -> Tensor:
+    """Cross entropy in nats [B, L] without the trunk."""
+    never = torch.zeros_like(targets, dtype=torch.bool)
+    return cross_entropy(model.head(model.combine(encoded.hidden, never, model.allocate_state(len(targets)))), targets)
 
 
 def divergence(logits: Tensor, full_logits: Tensor) -> Tensor:
@@ -106,13 +115,23 @@ def compute_error(model: AdaptiveAttentionSystem, density: Tensor, rate: float) 
     return (trunk * (expected - rate)).square().mean().float()
 
 
-def density_regression(model: AdaptiveAttentionSystem, density: Tensor, stale_cost: Tensor, fires: Tensor) -> Tensor:
-    """Mean squared error in bits² of ``density * staleness(age)`` against what staleness did cost.
+def density_regression(
+    model: AdaptiveAttentionSystem, density: Tensor, worth: Tensor, stale_cost: Tensor, fires: Tensor
+) -> Tensor:
+    """Mean squared errors in bits² of the density, and of ``density * staleness(age)``.
+
+    The density learns what the trunk is worth at every byte, also where it always fires; a stale trunk's cost says
+    nothing there, and an order that was once wrong would stay. The staleness learns from what being stale did cost.
 
     Args:
-        density: [B, L] bits, differentiable. stale_cost: [B, L] nats lost by the reduced pass. fires: [B, L] bool.
+        density: [B, L] bits, differentiable. worth: [B, L] nats that full resolution saves over none.
+        stale_cost: [B, L] nats lost by the reduced pass. fires: [B, L] bool, of the reduced pass.
     """
     position = torch.arange(1, fires.shape[1] + 1, device=fires.device)
     age = position - torch.where(fires, position, 0).cummax(1).values
-    predicted = density * model.tiles.staleness(age)
-    return (predicted - (stale_cost / math.log(2.0)).clamp(-8.0, 8.0)).square().mean()
+    stale = density.detach() * model.tiles.staleness(age)
+    return (density - _clamped_bits(worth)).square().mean() + (stale - _clamped_bits(stale_cost)).square().mean()
+
+
+def _clamped_bits(nats: Tensor) -> Tensor:
+    return (nats / math.log(2.0)).clamp(-8.0, 8.0)

@@ -27,6 +27,7 @@ SMALL = ModelConfig(
     max_tile_size=64,
     block_size=64,
     density_window=8,
+    density_hidden=6,
 )
 
 
@@ -39,7 +40,10 @@ def random_model(config: ModelConfig = SMALL, seed: int = 0) -> AdaptiveAttentio
         for name, parameter in model.named_parameters():
             if name.endswith(("in_proj.weight", "out_proj.weight")):
                 parameter.mul_(3)
-            elif name.endswith(("tile_exponent", "level_scale", "conv_bias", "D", "dt_bias")) or "fold" in name:
+            elif (
+                name.endswith(("tile_exponent", "level_scale", "conv_bias", "D", "dt_bias", "inner_bias", "outer"))
+                or "fold" in name
+            ):
                 parameter.add_(0.3 * torch.randn_like(parameter))
         density = model.analyse(random_tokens(1, 2048, seed))
         levels = torch.tensor([1.0 - rate for rate in RATES[:-1]]) * 0.98

@@ -79,6 +79,8 @@ class Features(ApiModel):
     """How far back it looks, in bytes."""
     predictive_entropy: list[float]
     """Entropy of the early exit, in bits."""
+    learned: list[float]
+    """What a small network makes of the encoder's output and the others, added as it is; 0 without one."""
 
 
 class TilingsUsage(ApiModel):

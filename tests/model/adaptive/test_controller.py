@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from model.adaptive.controller import adapt_resolution, advance, fire_step
-from model.ops.tiling import INERTIA, fire_online, staleness_table
+from model.ops.tiling import fire_online, staleness_table
 from model.state import RouterState
 
 SPREAD = torch.tensor(0.5, dtype=torch.float64)
+INERTIA = 3.0
 
 
 def start(batch: int) -> RouterState:
@@ -18,8 +19,12 @@ def start(batch: int) -> RouterState:
 
 def test_the_correction_is_none_at_the_quota_and_a_wall_beyond_the_gap() -> None:
     error = torch.linspace(-3, 3, 61, dtype=torch.float64)
-    waiting = adapt_resolution(torch.zeros_like(error), error, SPREAD, torch.zeros_like(error, dtype=torch.bool))
-    running = adapt_resolution(torch.zeros_like(error), error, SPREAD, torch.ones_like(error, dtype=torch.bool))
+    waiting = adapt_resolution(
+        torch.zeros_like(error), error, SPREAD, INERTIA, torch.zeros_like(error, dtype=torch.bool)
+    )
+    running = adapt_resolution(
+        torch.zeros_like(error), error, SPREAD, INERTIA, torch.ones_like(error, dtype=torch.bool)
+    )
     for corrected in (waiting, running):
         inside = corrected[18:43]  # up to 1.2 gaps from the quota
         assert (inside.diff() > 0).all()
@@ -43,7 +48,7 @@ def test_compute_meets_the_budget_within_five_percent(kind: str) -> None:
     state, log_threshold = start(4), torch.zeros(4, dtype=torch.float64)
     fires = []
     for density in text:
-        fired = fire_step(density.expand(4), rates, log_threshold, SPREAD, 2.0, state, (1, 64))
+        fired = fire_step(density.expand(4), rates, log_threshold, SPREAD, INERTIA, 2.0, state, (1, 64))
         advance(state, fired, rates)
         fires.append(fired)
     spent = torch.stack(fires).double().cumsum(0)
@@ -56,12 +61,14 @@ def test_compute_meets_the_budget_within_five_percent(kind: str) -> None:
 def test_the_batched_rule_decides_as_the_compiled_one() -> None:
     density = np.random.default_rng(0).exponential(size=1000)
     for rate, least in ((0.05, 1), (0.3, 1), (0.3, 4), (1.0, 1), (0.0, 1)):
-        compiled = fire_online(density, staleness_table(3.0, 20), rate, -0.5, SPREAD.item(), 0, 0, 0.0, 0, least, 20)
+        compiled = fire_online(
+            density, staleness_table(3.0, 20), rate, -0.5, SPREAD.item(), INERTIA, 0, 0, 0.0, 0, least, 20
+        )
         state, rates = start(1), torch.tensor([rate], dtype=torch.float64)
         stepped = []
         for value in density:
             threshold = torch.tensor([-0.5], dtype=torch.float64)
-            fired = fire_step(torch.tensor([value]), rates, threshold, SPREAD, 3.0, state, (least, 20))
+            fired = fire_step(torch.tensor([value]), rates, threshold, SPREAD, INERTIA, 3.0, state, (least, 20))
             advance(state, fired, rates)
             stepped.append(int(fired))
         assert compiled.tolist() == stepped

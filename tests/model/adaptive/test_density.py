@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.references import H, L, N, P, autograd_gradient, dense_rows, make_trace, states
@@ -55,7 +56,7 @@ def test_entropy_and_distance_equal_a_dense_attention_row(dtype: torch.dtype, to
     with torch.no_grad():
         state = model.allocate_state(1).map(lambda value: value.to(dtype) if value.is_floating_point() else value)
         encoded = model.encode(tokens, state.encoder)
-        features, _ = model.density(model.exit_head(encoded.hidden), encoded.trace, state.density)
+        features, _ = model.density(encoded.hidden, model.exit_head(encoded.hidden), encoded.trace, state.density)
     for t in (0, 1, 5, window - 1, window, 40, 69):
         entropy, distance = dense_rows(encoded.trace, t, window)
         torch.testing.assert_close(features[0, t, 1], entropy, atol=tolerance, rtol=0)
@@ -70,9 +71,11 @@ def test_predictive_entropy_is_in_bits(bits: int) -> None:
 
 
 def analysed(trace: ScanTrace, logits: torch.Tensor, pieces: tuple[int, ...]) -> torch.Tensor:
-    """Features of a trace that is given to a new analyzer in pieces of these lengths."""
+    """Features of a trace, whose x is also the output, that a new analyzer is given in pieces of these lengths."""
     config = SMALL.model_copy(update={"chunk_size": 8, "d_state": N, "d_model": H * P, "expand": 1, "headdim": P})
-    analyzer = InformationDensityAnalyzer(config)
+    torch.manual_seed(1)
+    analyzer = InformationDensityAnalyzer(config).to(logits.dtype)
+    nn.init.normal_(analyzer.outer)
     state = analyzer.zero_state(len(logits), logits.device)
     state = state.map(lambda value: value.to(logits.dtype) if value.is_floating_point() else value)
     parts, start = [], 0
@@ -80,7 +83,7 @@ def analysed(trace: ScanTrace, logits: torch.Tensor, pieces: tuple[int, ...]) ->
         here = slice(start, start + size)
         chunks = trace.before[:, start // 8 : -(-(start + size) // 8)]
         part = ScanTrace(trace.x[:, here], trace.dt[:, here], trace.A, trace.B[:, here], trace.C[:, here], chunks)
-        features, state = analyzer(logits[:, here], part, state)
+        features, state = analyzer(part.x.flatten(2), logits[:, here], part, state)
         parts.append(features)
         start += size
     return torch.cat(parts, 1)
@@ -127,7 +130,7 @@ def test_the_work_is_linear_in_the_length() -> None:
             encoded = model.encode(tokens, state.encoder)
             logits = model.exit_head(encoded.hidden)
             with FlopCounterMode(display=False) as counter:
-                model.density(logits, encoded.trace, state.density)
+                model.density(encoded.hidden, logits, encoded.trace, state.density)
         return counter.get_total_flops()
 
     assert work(256) > 0
@@ -156,20 +159,20 @@ def test_features_of_steps_equal_those_of_a_pass() -> None:
     state, rows = model.allocate_state(2), []
     with torch.no_grad():
         encoded = model.encode(tokens, state.encoder)
-        whole, _ = model.density(model.exit_head(encoded.hidden), encoded.trace, state.density)
+        whole, _ = model.density(encoded.hidden, model.exit_head(encoded.hidden), encoded.trace, state.density)
         for column in tokens.unbind(1):
             hidden, trace = encode_one(model, column, state)
-            features, state.density = model.density.step(model.exit_head(hidden), trace, state.density)
+            features, state.density = model.density.step(hidden, model.exit_head(hidden), trace, state.density)
             rows.append(features)
     torch.testing.assert_close(torch.stack(rows, 1), whole, atol=1e-4, rtol=1e-4)
 
 
 def test_density_is_positive_and_rises_with_every_feature() -> None:
     density = random_model().density
-    features = torch.randn(100, 4)
+    features = torch.randn(100, 5)
     base = density.combine(features)
     assert (base > 0).all()
-    for index in range(4):
+    for index in range(5):
         more = features.clone()
         more[:, index] += 1.0
         assert (density.combine(more) >= base).all()

@@ -24,8 +24,11 @@ def test_compiled_density_and_its_state_equal_the_plain_ones(batch: int) -> None
             hidden, trace = encode_one(model, column, state)
             exit_logits = model.exit_head(hidden[rows])
             arrays = [value.numpy() for value in (trace.B, trace.C, trace.dt, trace.log_decay, trace.change)]
-            compiled = model.density.step_rows(exit_logits.numpy(), arrays, state.density, rows.numpy())
-            features, plain = model.density.step(exit_logits, trace.select(rows), plain)
+            outputs = hidden[rows]
+            compiled = model.density.step_rows(
+                outputs.numpy(), exit_logits.numpy(), arrays, state.density, rows.numpy()
+            )
+            features, plain = model.density.step(outputs, exit_logits, trace.select(rows), plain)
             smoothed = model.density.smooth_step(model.density.combine(features), plain)
             torch.testing.assert_close(torch.from_numpy(compiled), smoothed, atol=1e-5, rtol=2e-4)
     for mine, other in zip(state.density.gather(rows).tensors(), plain.tensors(), strict=True):
@@ -45,8 +48,9 @@ def test_the_compiled_rule_fires_where_the_plain_one_does() -> None:
         part = router.gather(rows)
         log_threshold = model.tiles.log_threshold(rates[rows])
         plain = fire_step(
-            density, rates[rows], log_threshold, model.tiles.log_spread.exp(), model.tiles.tau, part, (1, 64)
-        )
+            density, rates[rows], log_threshold, model.tiles.log_spread.exp(), model.tiles.inertia, model.tiles.tau,
+            part, (1, 64),
+        )  # fmt: skip
         assert compiled.tolist() == plain.tolist()
         count += int(plain.sum())
         advance(part, plain, rates[rows])

@@ -117,7 +117,7 @@ TEXTS = {
 def test_online_firing_stays_near_its_quota_even_with_a_wrong_threshold(
     text: str, rate: float, log_threshold: float
 ) -> None:
-    fires = fire_online(TEXTS[text], staleness_table(2.0, 64), rate, log_threshold, 0.5, 0, 0, 0.0, 0, 1, 64)
+    fires = fire_online(TEXTS[text], staleness_table(2.0, 64), rate, log_threshold, 0.5, 3.0, 0, 0, 0.0, 0, 1, 64)
     position = np.arange(1, 4001)
     error = [
         pacing_error(*each) for each in zip(np.cumsum(fires), rate * position, position, [rate] * 4000, strict=True)
@@ -126,7 +126,7 @@ def test_online_firing_stays_near_its_quota_even_with_a_wrong_threshold(
 
 
 def test_online_firing_prefers_dense_bytes() -> None:
-    fires = fire_online(TEXTS["spiky"], staleness_table(2.0, 64), 1 / 37, 0.0, 0.3, 0, 0, 0.0, 0, 1, 64)
+    fires = fire_online(TEXTS["spiky"], staleness_table(2.0, 64), 1 / 37, 0.0, 0.3, 3.0, 0, 0, 0.0, 0, 1, 64)
     assert fires[TEXTS["spiky"] > 1].mean() > 0.9
     assert fires[TEXTS["spiky"] < 1].mean() < 0.01
 
@@ -134,7 +134,7 @@ def test_online_firing_prefers_dense_bytes() -> None:
 def test_rates_of_zero_and_one_leave_no_choice() -> None:
     table = staleness_table(2.0, 64)
     for rate in (0.0, 1.0):
-        assert (fire_online(TEXTS["random"], table, rate, 0.0, 1.0, 0, 0, 0.0, 0, 1, 64) == rate).all()
+        assert (fire_online(TEXTS["random"], table, rate, 0.0, 1.0, 3.0, 0, 0, 0.0, 0, 1, 64) == rate).all()
 
 
 @given(st.floats(0.01, 1.0), st.integers(1, 500))

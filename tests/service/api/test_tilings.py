@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from model.adaptive.density import FEATURES
 from model.lm import AdaptiveAttentionSystem
 from model.tokenizer import DOCUMENT
 from tests.model.shapes import random_model
@@ -39,9 +40,7 @@ def test_density_and_features_are_those_of_the_whole_text(restless: Running, mod
     tokens = torch.tensor([[DOCUMENT, *TEXT.encode()]])
     assert answer["tokens"] == tokens[0].tolist()
     assert answer["density"] == pytest.approx(model.analyse(tokens)[0].tolist(), rel=1e-3, abs=1e-5)
-    assert set(answer["features"]) == {
-        "state_gradient", "attention_entropy", "temporal_distance", "predictive_entropy"
-    }  # fmt: skip
+    assert set(answer["features"]) == set(FEATURES)
     features = torch.tensor(list(answer["features"].values())).T
     level, smoothed = 0.0, []
     for position, bits in enumerate(model.density.combine(features.float()).tolist(), start=1):
