@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.layers.norm import RMSNorm
+from model.ops.fused import convolve_silu, fused, gate_norm
 from model.ops.parallel import loop_threads, share
 from model.ops.recurrent import (
     Singles,
@@ -213,25 +214,34 @@ class VariableStateSpaceModel(nn.Module):
             return self._forward_compiled(hidden, state, stretch, lengths, columns, traced=traced)
         z, xBC_raw, dt_raw = self.in_proj(hidden).split([self.d_inner, self.conv_dim, self.heads], dim=-1)
         window = torch.cat([state.conv_state, xBC_raw], dim=1)
-        mixed = F.conv1d(window.transpose(1, 2), self.conv_weight.unsqueeze(1), self.conv_bias, groups=self.conv_dim)
-        xBC = F.silu(mixed.transpose(1, 2)).to(state.ssm_state.dtype)
+        quick = fused(hidden)
+        if quick:
+            xBC = convolve_silu(window, self.conv_weight, self.conv_bias)
+        else:
+            taps = self.conv_weight.unsqueeze(1)
+            mixed = F.conv1d(window.transpose(1, 2), taps, self.conv_bias, groups=self.conv_dim)
+            xBC = F.silu(mixed.transpose(1, 2)).to(state.ssm_state.dtype)
         x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
         B, C = self._mask(B, C, columns, state.ssm_state.shape[-1])
         x = x.unflatten(-1, (self.heads, self.headdim))
         dt = self._dt(dt_raw, stretch)
-        taps = state.conv_state.shape[1]
+        kept = state.conv_state.shape[1]
         if lengths is None:
-            conv_state = window[:, window.shape[1] - taps :]
+            conv_state = window[:, window.shape[1] - kept :]
         else:
             dt = dt * (torch.arange(hidden.shape[1], device=dt.device) < lengths.unsqueeze(1)).unsqueeze(-1)
-            last = lengths.unsqueeze(1) + torch.arange(taps, device=dt.device)  # the last inputs that count
+            last = lengths.unsqueeze(1) + torch.arange(kept, device=dt.device)  # the last inputs that count
             conv_state = window.gather(1, last.unsqueeze(-1).expand(-1, -1, self.conv_dim))
         A = -torch.exp(self.A_log.float())
         with torch.autocast(hidden.device.type, enabled=False):  # the state and its sums keep their precision
             scan = ssd_scan(x, dt, A, B, C, initial_state=state.ssm_state, chunk_size=self.chunk_size)
-        y = torch.addcmul(scan.y, x, self.D[:, None]).flatten(2)
+        if quick:
+            skip = self.D.repeat_interleave(self.headdim)
+            normal = gate_norm(scan.y.flatten(2), x.flatten(2), z, skip, self.norm.weight, self.norm.eps)
+        else:
+            normal = self.norm(torch.addcmul(scan.y, x, self.D[:, None]).flatten(2), z)
         trace = ScanTrace(*(value.detach() for value in (x, dt, A, B, C, scan.chunk_states)))
-        return self.out_proj(self.norm(y, z)), BlockState(conv_state, scan.final_state), trace
+        return self.out_proj(normal), BlockState(conv_state, scan.final_state), trace
 
     def _forward_compiled(
         self,
