@@ -8,7 +8,8 @@ import torch
 
 from model.adaptive.tiling import Pace
 from model.evaluation.cli import spread
-from model.evaluation.strict import PIECE, StrictEvaluation
+from model.evaluation.passages import PIECE
+from model.evaluation.strict import StrictEvaluation
 from model.tokenizer import DOCUMENT
 from tests.model.shapes import random_model, step_through
 
