@@ -141,9 +141,9 @@ class Arm:
     shuffle: Callable[[Bytes, np.random.Generator], Bytes] | None = None
     """What is done to the places at last."""
 
-    def place(self, text: Text, signal: Floats, rates: Rates) -> Bytes:
-        """Fires [L] of a text with this arm's ``signal`` [L]: planned in blocks, then causally, as it is served."""
-        passage, block = text.passage, self.tiles.block_size
+    def place(self, passage: Passage, signal: Floats, rates: Rates) -> Bytes:
+        """Fires [L] of a passage with this arm's ``signal`` [L]: planned in blocks, then causally, as it is served."""
+        block = self.tiles.block_size
         plan = TilingPlan(rates.prefill, causal=False)
         parts = [
             plan.advance(self.tiles, signal[start : min(start + block, passage.planned)])[0]

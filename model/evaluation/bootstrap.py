@@ -29,14 +29,17 @@ class Estimate:
     high: float
 
     @property
-    def number(self) -> float | None:
-        """The value for JSON, which has no NaN."""
-        return self.value if math.isfinite(self.value) else None
-
-    @property
     def interval(self) -> list[float] | None:
-        """The interval for JSON."""
+        """Both ends, None where there is none."""
         return [self.low, self.high] if math.isfinite(self.low) and math.isfinite(self.high) else None
+
+    def as_dict(self) -> dict[str, float | list[float] | None]:
+        """For JSON, which has no NaN."""
+        return {"value": self.value if math.isfinite(self.value) else None, "interval": self.interval}
+
+    def plus(self, shift: float) -> Estimate:
+        """The estimate of a statistic that is larger by ``shift``."""
+        return Estimate(self.value + shift, self.low + shift, self.high + shift)
 
 
 NOTHING = Estimate(math.nan, math.nan, math.nan)

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Sequence
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +61,39 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write one JSON object, or print it")
+    parser.add_argument("--plot", type=_picture, metavar="FILE", help="draw the results, .svg or .png")
+    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help=(
+        "show results that --json wrote, instead of scoring"
+    ))  # fmt: skip
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    set_threads(arguments.threads)
-    domains = _domains(arguments)
-    results = _evaluate(arguments, domains)
-    if arguments.json == "-":
-        print(json.dumps(results))
-        return 0
-    print(table(results))
+    if arguments.plot is not None and find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'rheostat[plot]'")
+    if arguments.source is None:
+        set_threads(arguments.threads)
+        results = _evaluate(arguments, _domains(arguments))
+    else:
+        results = _read(arguments)
+    if arguments.plot is not None:
+        from model.evaluation.plot import plot  # the picture's library is an extra
+
+        plot(results, arguments.plot)
+    print(json.dumps(results) if arguments.json == "-" else table(results))
     return 0
+
+
+def _read(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.documents:
+        raise ValueError("--from shows results that were scored before: --documents has no place beside it")
+    try:
+        results: dict[str, Any] = json.loads(arguments.source.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read results from {arguments.source}: {error}") from error
+    if not isinstance(results, dict) or "domains" not in results:
+        raise ValueError(f"{arguments.source} holds no results of rheostat evaluate")
+    return results
 
 
 def _evaluate(arguments: argparse.Namespace, domains: Sequence[Domain]) -> dict[str, Any]:
@@ -93,7 +115,8 @@ def _evaluate(arguments: argparse.Namespace, domains: Sequence[Domain]) -> dict[
         "domains": {
             domain.name: {
                 **DomainReport(experiment, scores[domain.name]).as_dict(),
-                "references": compressed_bits(domain.documents),
+                # P1 scores parts of documents, which no compressor can be asked for.
+                "references": {} if experiment.protocol is Protocol.SERVING else compressed_bits(domain.documents),
             }
             for domain in domains
         },
@@ -199,6 +222,13 @@ def _source(text: str) -> tuple[str, Path]:
     if equals and not Path(text).exists():
         return name, Path(path)
     return Path(text).name.split(".")[0], Path(text)
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in (".svg", ".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} must end in .svg or .png")
+    return path
 
 
 def _budgets(text: str) -> list[float | str]:

@@ -124,9 +124,9 @@ class Experiment:
                 continue
             if arm.name not in signals:
                 signals[arm.name] = arm.signal(text)
-            placements.append(arm.place(text, signals[arm.name], rates))
+            placements.append(arm.place(text.passage, signals[arm.name], rates))
         return placements
 
 
 def _fires(arm: Arm, texts: Sequence[Text], signals: Sequence[Floats], rates: Rates) -> int:
-    return sum(int(arm.place(text, signal, rates).sum()) for text, signal in zip(texts, signals, strict=True))
+    return sum(int(arm.place(text.passage, signal, rates).sum()) for text, signal in zip(texts, signals, strict=True))

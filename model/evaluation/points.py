@@ -76,7 +76,9 @@ def match_rates(
     factor, best, least = max(wanted, 1.0) / max(fires, 1), point.rates, float("inf")
     for _ in range(_TRIES):
         rates = scaled(point.rates, factor)
-        count = sum(int(arm.place(text, signal, rates).sum()) for text, signal in zip(texts, signals, strict=True))
+        count = sum(
+            int(arm.place(text.passage, signal, rates).sum()) for text, signal in zip(texts, signals, strict=True)
+        )
         if abs(count - wanted) < least:
             best, least = rates, abs(count - wanted)
         if least <= tolerance or not count or rates.decode >= 1.0:

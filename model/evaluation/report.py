@@ -53,20 +53,16 @@ class DomainReport:
         self._has_range = FULL in self._keys and FLOOR in self._keys
         sizes: Integers = np.array([document.bytes for document in scores], np.int64)
         bits = np.array([[document.tallies[key].bits for key in self._keys] for document in scores])
-        for arm in experiment.arms:
-            for point in experiment.points:
-                if (key := experiment.key(arm, point)) in self._keys:
-                    bits[:, self._keys.index(key)] += charge(experiment.protocol, arm, point) * sizes
         self._bootstrap = Bootstrap(bits, sizes)
 
     def as_dict(self) -> Json:
         """All figures, ready for JSON."""
         arms = {arm.name: self._arm(arm) for arm in self._experiment.arms}
-        extent = self._range()
+        extent = self._estimate(self._difference(FLOOR, FULL))
         return {
             "documents": len(self._scores),
             "bytes": sum(document.bytes for document in self._scores),
-            "range": {"value": extent.number, "interval": extent.interval},
+            "range": extent.as_dict(),
             "monotone": self._monotone(),
             "arms": arms,
             "plain": self._plain(),
@@ -78,71 +74,80 @@ class DomainReport:
         index = self._keys.index(key)
         return lambda columns: columns[:, index]
 
-    def _difference(self, first: Key, second: Key) -> Statistic:
+    def _difference(self, first: Key, second: Key, charge: float = 0.0) -> Statistic:
+        """Bits of the first column, and a charge, less those of the second; nothing where one was not scored."""
+        if first not in self._keys or second not in self._keys:
+            return _nothing
         a, b = self._bits(first), self._bits(second)
-        return lambda columns: a(columns) - b(columns)
+        return lambda columns: a(columns) - b(columns) + charge
 
-    def _range(self) -> Estimate:
-        return self._bootstrap.estimate(self._difference(FLOOR, FULL)) if self._has_range else NOTHING
+    def _share(self, difference: Statistic) -> Estimate:
+        """A difference as a share of the range."""
+        extent = self._difference(FLOOR, FULL)
+        return self._estimate(lambda columns: difference(columns) / extent(columns))
 
-    def _share(self, worse: Key, better: Key) -> Estimate:
-        """The difference between two columns as a share of the range; nothing where an end of the dial is missing."""
-        if not self._has_range:
-            return NOTHING
-        difference, extent = self._difference(worse, better), self._difference(FLOOR, FULL)
-        return self._bootstrap.estimate(lambda columns: difference(columns) / extent(columns))
+    def _estimate(self, statistic: Statistic) -> Estimate:
+        return self._bootstrap.estimate(statistic)
 
     def _spent(self, key: Key) -> int:
         return sum(document.tallies[key].spent_flops for document in self._scores)
 
     def _arm(self, arm: Arm) -> list[Json]:
-        """The curve of an arm; ``adaptive_gain`` is how much more of the range the shipped rule recovers."""
-        experiment, rows = self._experiment, []
-        for point in experiment.points:
-            key, reference = experiment.key(arm, point), experiment.key(experiment.arms[0], point)
-            if key not in self._keys:
-                continue
-            bits = self._bootstrap.estimate(self._bits(key))
-            recovered = self._share(FLOOR, key)
-            gain = self._share(key, reference)
-            tallies = [document.tallies[key] for document in self._scores]
-            spent = self._spent(key)
-            rows.append(
-                {
-                    "label": point.label,
-                    "budget": point.budget,
-                    "bits_per_byte": bits.number,
-                    "interval": bits.interval,
-                    "charge": charge(experiment.protocol, arm, point),
-                    "flop_ratio": spent / self._full_flops,
-                    "flops_to_adaptive": spent / self._spent(reference),
-                    "fire_rate": sum(tally.fires for tally in tallies) / sum(d.positions for d in self._scores),
-                    "recovered": recovered.number,
-                    "recovered_interval": recovered.interval,
-                    "adaptive_gain": gain.number,
-                    "adaptive_gain_interval": gain.interval,
-                }
-            )
-        return rows
+        """The curve of an arm, as far as it was scored."""
+        points = [point for point in self._experiment.points if self._experiment.key(arm, point) in self._keys]
+        return [self._row(arm, point) for point in points]
+
+    def _row(self, arm: Arm, point: Point) -> Json:
+        """One point of a curve.
+
+        ``above_full`` is what it lacks to full resolution, ``recovered`` the share of the range that it gives back,
+        ``adaptive_gain`` how much more of it the shipped rule gives back; all with the charge, but for ``uncharged``.
+        """
+        experiment, shipped = self._experiment, self._experiment.arms[0]
+        key, reference = experiment.key(arm, point), experiment.key(shipped, point)
+        owed, owed_there = (charge(experiment.protocol, who, point) for who in (arm, shipped))
+        bits = self._estimate(self._bits(key))
+        tallies = [document.tallies[key] for document in self._scores]
+        return {
+            "label": point.label,
+            "budget": point.budget,
+            "bits_per_byte": bits.value + owed,
+            "interval": bits.plus(owed).interval,
+            "flop_ratio": self._spent(key) / self._full_flops,
+            "flops_to_adaptive": self._spent(key) / self._spent(reference),
+            "fire_rate": sum(tally.fires for tally in tallies) / sum(document.positions for document in self._scores),
+            "above_full": self._estimate(self._difference(key, FULL, owed)).as_dict(),
+            "recovered": self._share(self._difference(FLOOR, key, -owed)).as_dict(),
+            "adaptive_gain": self._share(self._difference(key, reference, owed - owed_there)).as_dict(),
+            "charge": owed,
+            "uncharged": self._share(self._difference(FLOOR, key)).as_dict(),
+        }
 
     def _monotone(self) -> Json:
-        """The largest rise of the shipped rule's bits from one point to the next dearer one: at most noise."""
+        """The largest rise of the shipped rule's bits, without charge, from one point to the next dearer one."""
         arm = self._experiment.arms[0]
         keys = {self._experiment.key(arm, point) for point in self._experiment.points}
         rising = sorted(keys, key=self._spent)
-        rises = [self._bootstrap.estimate(self._difference(dear, cheap)) for cheap, dear in pairwise(rising)]
+        rises = [self._estimate(self._difference(dear, cheap)) for cheap, dear in pairwise(rising)]
         worst = max(rises, key=lambda rise: rise.value, default=NOTHING)
         noise = all(rise.interval is None or rise.low <= 0.0 for rise in rises)
-        return {"largest_rise": worst.number, "interval": worst.interval, "within_noise": noise}
+        return {**worst.as_dict(), "within_noise": noise}
 
     def _plain(self) -> list[Json]:
         """Plain models by rising operations, as a share of the elastic model's at full resolution."""
         keys = sorted((key for key in self._keys if key[0] == PLAIN), key=self._spent)
         rows = []
         for key in keys:
-            bits = self._bootstrap.estimate(self._bits(key))
-            ratio = self._spent(key) / self._full_flops
-            rows.append({"name": key[1], "flop_ratio": ratio, "bits_per_byte": bits.number, "interval": bits.interval})
+            bits = self._estimate(self._bits(key))
+            rows.append(
+                {
+                    "name": key[1],
+                    "flop_ratio": self._spent(key) / self._full_flops,
+                    "bits_per_byte": bits.value,
+                    "interval": bits.interval,
+                    "above_full": self._estimate(self._difference(key, FULL)).as_dict(),
+                }
+            )
         return rows
 
     def _frontier(self, adaptive: Sequence[Json]) -> list[Json]:
@@ -162,14 +167,13 @@ class DomainReport:
             at = row["flop_ratio"]
             weights = np.array([np.interp(at, ratios, unit) for unit in units.T])  # [K], of the line
             own = self._bits(self._experiment.key(self._experiment.arms[0], point))
-            gap = self._bootstrap.estimate(_less_line(own, weights))
+            gap = self._estimate(_less_line(own, weights))
             rows.append(
                 {
                     "label": point.label,
                     "flop_ratio": at,
                     "line": float(self._bootstrap.columns[0] @ weights),
-                    "gap": gap.number,
-                    "interval": gap.interval,
+                    "gap": gap.as_dict(),
                     "beyond": not ratios[0] <= at <= ratios[-1],
                 }
             )
@@ -192,3 +196,7 @@ class DomainReport:
 
 def _less_line(bits: Statistic, weights: Floats) -> Statistic:
     return lambda columns: bits(columns) - columns @ weights
+
+
+def _nothing(columns: Floats) -> Floats:
+    return np.full(len(columns), np.nan)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from model.evaluation.arms import ADAPTIVE, Text, make_arms
-from model.evaluation.passages import Cutter, Protocol, read_features
+from model.evaluation.passages import Cutter, Passage, Protocol, read_features
 from model.evaluation.scoring import Tally, full_flops, score
 from model.lm import AdaptiveAttentionSystem
+from model.ops.tiling import Floats
 from model.tokenizer import ByteTokenizer, Tokenizer
 
 
@@ -62,11 +65,16 @@ class StrictEvaluation:
         """
         cost = self.model.cost
         for passage in self._cutter.cut(document):
-            text = Text(passage, read_features(self.model, passage.inputs)[0])
-            signal = self._arm.signal(text)
-            placements = [self._arm.place(text, signal, rates) for rates in self._rates]
+            signal = self._signal(passage)
+            placements = [self._arm.place(passage, signal, rates) for rates in self._rates]
             bits = score(self.model, passage, placements, progress)
             for tally, rates, fires, needed in zip(self.scores, self._rates, placements, bits, strict=True):
                 tally.add(cost, passage, fires, float(needed), analysed=cost.analysed(rates.decode))
                 tally.bytes += passage.bytes
                 tally.full_flops += full_flops(cost, passage)
+
+    def _signal(self, passage: Passage) -> Floats:
+        """What places are chosen by; where no budget leaves a choice, nothing."""
+        if not any(self.model.cost.analysed(rates.decode) for rates in self._rates):
+            return np.zeros(len(passage))
+        return self._arm.signal(Text(passage, read_features(self.model, passage.inputs)[0]))
