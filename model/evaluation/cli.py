@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from fractions import Fraction
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budgets", type=_budgets, help=f"numbers in (0, 1], or floor [{DEFAULT_BUDGETS}]")
     parser.add_argument("--rates", type=_rates, help=f"points by trunk rate, besides [{DEFAULT_RATES}]")
     parser.add_argument("--arms", default=ADAPTIVE, help=(
-        f"ways to place the trunk, with commas, or all; P0: {', '.join(STRICT_ARMS)}; else {', '.join(PLANNED_ARMS)}"
+        f"ways to place the trunk, with commas, or all; P0: {', '.join(STRICT_ARMS)}; else {', '.join(PLANNED_ARMS)}; "
+        "single features run at the first of --rates"
     ))  # fmt: skip
     parser.add_argument("--calibration", type=Path, nargs="+", default=[], metavar="FILE", help=(
         f"validation documents to fit thresholds of {', '.join(REFITTED[:2])} and of single features to"
@@ -57,7 +59,10 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoints of plain models to compare with"
     ))  # fmt: skip
     parser.add_argument("--checkpoint", type=Path, default=EMBEDDED_CHECKPOINT, help="folder of a checkpoint")
-    parser.add_argument("--max-bytes", type=int, help="score about this much of a domain, documents evenly spread")
+    parser.add_argument("--max-bytes", type=_count, help="score at most this much of a domain, documents evenly spread")
+    parser.add_argument("--document-bytes", type=_count, help=(
+        "score at most so much of a document, so that --max-bytes hold more of them, and intervals are narrower"
+    ))  # fmt: skip
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write one JSON object, or print it")
@@ -142,12 +147,13 @@ def _experiment(
         budgets = _budgets(DEFAULT_BUDGETS if rates is None else f"1,{FLOOR}")
         rates = _rates(DEFAULT_RATES) if rates is None else rates
     points = make_points(model.cost, budgets, rates or [])
-    feature_points = frozenset(point.label for point in points if rates is None or point.label.startswith("rate"))
+    # One point is enough to tell what a feature is worth, and eight arms of features would double the time.
+    feature_points = frozenset([f"rate {rates[0]}"] if rates else [point.label for point in points])
     return Experiment(
         model=model,
         tokenizer=tokenizer,
         protocol=protocol,
-        arms=make_arms(model, names, protocol, _calibration(arguments.calibration, domains, tokenizer)),
+        arms=make_arms(model, names, protocol, _calibration(arguments, domains, tokenizer)),
         points=points,
         feature_points=feature_points,
         plain=_plain(arguments.plain, model, tokenizer),
@@ -172,28 +178,38 @@ def _domains(arguments: argparse.Namespace) -> list[Domain]:
     for name, path in arguments.documents:
         if name in domains:
             raise ValueError(f"two domains are called {name!r}: name them, as in other={path}")
-        domains[name] = Domain(name, spread(read_documents(path), arguments.max_bytes))
+        documents = [first_bytes(document, arguments.document_bytes) for document in read_documents(path)]
+        domains[name] = Domain(name, spread(documents, arguments.max_bytes))
     return list(domains.values())
 
 
-def _calibration(paths: Sequence[Path], domains: Sequence[Domain], tokenizer: Tokenizer) -> Tensor | None:
-    """Texts [16, 2048] spread over the documents of ``paths``, those that are evaluated left out."""
+def _calibration(arguments: argparse.Namespace, domains: Sequence[Domain], tokenizer: Tokenizer) -> Tensor | None:
+    """Texts [16, 2048], each from the start of a document on, spread over files without what is evaluated."""
+    paths, most = arguments.calibration, arguments.document_bytes
     if not paths:
         return None
     evaluated = {document for domain in domains for document in domain.documents}
     count, length = CALIBRATION
-    rows = []
+    texts = []
     for number, path in enumerate(paths):
-        documents = [document for document in read_documents(path) if document not in evaluated]
-        tokens = [token for document in documents for token in (tokenizer.start, *tokenizer.tokens_of_bytes(document))]
+        documents = [document for document in read_documents(path) if first_bytes(document, most) not in evaluated]
         wanted = count * (number + 1) // len(paths) - count * number // len(paths)
-        if len(tokens) < wanted * length:
-            raise ValueError(
-                f"{path} holds {len(tokens)} tokens beside what is evaluated, and {wanted * length} are needed"
-            )
-        starts = np.linspace(0, len(tokens) - length, max(wanted, 1)).astype(int)
-        rows += [tokens[start : start + length] for start in starts[:wanted]]
-    return torch.tensor(rows)
+        size = sum(map(len, documents))
+        if size < wanted * length:
+            raise ValueError(f"{path} holds {size} bytes beside what is evaluated, and {wanted * length} are needed")
+        firsts = [index * len(documents) // wanted for index in range(wanted)]
+        texts += [_text([*documents[first:], *documents[:first]], length, tokenizer) for first in firsts]
+    return torch.tensor(texts)
+
+
+def _text(documents: Sequence[bytes], length: int, tokenizer: Tokenizer) -> list[int]:
+    """The first ``length`` tokens of documents, each after the tokenizer's start, begun again where they end."""
+    tokens: list[int] = []
+    for document in cycle(documents):
+        tokens += [tokenizer.start, *tokenizer.tokens_of_bytes(document)]
+        if len(tokens) >= length:
+            break
+    return tokens[:length]
 
 
 def _identity(arguments: argparse.Namespace, domains: Sequence[Domain]) -> str:
@@ -209,12 +225,26 @@ def _identity(arguments: argparse.Namespace, domains: Sequence[Domain]) -> str:
 
 
 def spread(documents: list[bytes], max_bytes: int | None) -> list[bytes]:
-    """Whole documents, evenly spread over the list, of about ``max_bytes`` in all (None: every one)."""
-    total = sum(map(len, documents))
-    if max_bytes is None or total <= max_bytes:
+    """Whole documents, evenly spread over the list: as many as ``max_bytes`` hold, at least one (None: every one)."""
+    count = len(documents)
+    sizes = np.array([len(document) for document in documents])
+    if max_bytes is None or sizes.sum() <= max_bytes:
         return documents
-    count = max(1, len(documents) * max_bytes // total)
-    return [documents[index * len(documents) // count] for index in range(count)]
+    chosen = [0]
+    for number in range(2, count):
+        indices = np.arange(number) * count // number
+        if sizes[indices].sum() <= max_bytes:
+            chosen = indices.tolist()
+    return [documents[index] for index in chosen]
+
+
+def first_bytes(document: bytes, most: int | None) -> bytes:
+    """At most the first ``most`` bytes of a document (None: all), and no part of a character."""
+    if most is None or len(document) <= most:
+        return document
+    while most and document[most] & 0xC0 == 0x80:
+        most -= 1
+    return document[:most]
 
 
 def _source(text: str) -> tuple[str, Path]:
@@ -229,6 +259,12 @@ def _picture(text: str) -> Path:
     if path.suffix not in (".svg", ".png"):
         raise argparse.ArgumentTypeError(f"{text!r} must end in .svg or .png")
     return path
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
 
 
 def _budgets(text: str) -> list[float | str]:

@@ -75,7 +75,7 @@ def test_every_arm_plain_models_and_both_domains(folder: Path, capsys: pytest.Ca
             [row["label"] for row in domain["arms"][arm] if 0.0 < row["fire_rate"] < 1.0]
             for arm in ("only-predictive_entropy", "uniform")
         )
-        assert (few, many) == (["rate 1/2", "rate 1/4"], ["0.85", "rate 1/2", "rate 1/4"])
+        assert (few, many) == (["rate 1/2"], ["0.85", "rate 1/2", "rate 1/4"])
         assert [row["name"] for row in domain["plain"]] == ["little", "large"]
         assert domain["plain"][1]["flop_ratio"] == 1.0
         line = {row["label"]: row for row in domain["frontier"]}
@@ -176,6 +176,10 @@ def test_results_are_shown_and_drawn_again(folder: Path, capsys: pytest.CaptureF
         (["--documents", "{code}", "--arms", "threshold"], "the arms threshold need calibration text"),
         (["--documents", "{code}", "{code}"], "two domains are called 'code': name them"),
         (["--documents", "{code}", "--arms", "threshold", "--calibration", "{code}"], "beside what is evaluated"),
+        (
+            ["--documents", "{code}", "--arms", "threshold", "--calibration", "{code}", "--document-bytes", "9"],
+            "0 bytes beside what is evaluated",
+        ),
         (["--documents", "{code}", "--plain", "/nowhere"], "no checkpoint at /nowhere"),
         (["--documents", "{code}", "--json", "/nowhere/results.json"], "/nowhere"),
         (["--from", "/nowhere"], "cannot read results from /nowhere"),
@@ -199,6 +203,7 @@ def test_what_cannot_be_done_is_one_line(
         (["--rates", "1/0"], "rate '1/0' must be a number in (0, 1]"),
         (["--plot", "frontier.pdf"], "'frontier.pdf' must end in .svg or .png"),
         (["--protocol", "P3"], "P3"),
+        (["--max-bytes", "0"], "'0' must be a whole number of at least 1"),
     ],
 )
 def test_bad_arguments_are_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
