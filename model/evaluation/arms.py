@@ -181,8 +181,8 @@ def make_arms(
 class _Factory:
     def __init__(self, model: AdaptiveAttentionSystem, calibration: Tensor | None) -> None:
         self._model = model
-        self._calibration = calibration
-        self._features = None if calibration is None else read_features(model, calibration)
+        self._calibration = None if calibration is None else calibration.to(model.device)
+        self._features = None if self._calibration is None else read_features(model, self._calibration)
 
     def make(self, name: str) -> Arm:
         density = self._density(self._model.density)

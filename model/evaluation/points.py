@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,7 +15,7 @@ from model.ops.tiling import Floats
 FLOOR = "floor"
 TOLERANCE = 1e-3
 """Of the operations, within which arms are matched; no more than 1 % may be left."""
-_TRIES = 8
+_TRIES = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,8 @@ def match_rates(
     wanted = min(fires + (0.0 if arm.equal_rate else spared / unit.trunk), float(positions))
     spent = sum(spent_flops(cost, text.passage, 0, analysed=analysed(arm, point.rates)) for text in texts)
     tolerance = TOLERANCE * (spent + wanted * unit.trunk) / unit.trunk
-    factor, best, least = max(wanted, 1.0) / max(fires, 1), point.rates, float("inf")
+    factor, best, least = max(wanted, 1.0) / max(fires, 1), point.rates, math.inf
+    low, high = 0.0, math.inf  # factors known to give too few fires, and too many
     for _ in range(_TRIES):
         rates = scaled(point.rates, factor)
         count = sum(
@@ -83,5 +85,8 @@ def match_rates(
             best, least = rates, abs(count - wanted)
         if least <= tolerance or not count or rates.decode >= 1.0:
             break
+        low, high = (factor, high) if count < wanted else (low, factor)
         factor *= wanted / count
+        if not low < factor < high:
+            factor = 0.5 * (low + min(high, 2.0 * low))
     return best

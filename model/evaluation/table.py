@@ -10,6 +10,9 @@ Json = dict[str, Any]
 MATCHED = 0.01
 """Largest difference of operations from the shipped rule's at which an arm counts as equal."""
 
+FEW = 20
+"""Documents below which intervals are too narrow to be trusted."""
+
 _SHIPPED = "adaptive"
 _HEAD = (
     "    budget   FLOPs   fires  bits/byte              95 %  recovered            95 %  adaptive's gain          95 %"
@@ -85,6 +88,8 @@ def _summary(domain: Json) -> Iterator[str]:
         yield f"against the plain line at {row['label']}: {_estimate(row['gap'])}{beyond}"
     for name, bits in domain["references"].items():
         yield f"{name}: {'not installed' if bits is None else f'{bits:.4f} bits per byte'}"
+    if domain["documents"] < FEW:
+        yield f"intervals of fewer than {FEW} documents are too narrow: --document-bytes makes room for more"
     if any(row["charge"] for rows in domain["arms"].values() for row in rows):
         yield "plans that see their block are charged 0.04 bit per byte: an upper bound on what placement can give"
 
