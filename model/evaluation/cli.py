@@ -9,13 +9,8 @@ import os
 from collections.abc import Sequence
 from fractions import Fraction
 from importlib.util import find_spec
-from itertools import cycle
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from model.checkpoint import EMBEDDED_CHECKPOINT, WEIGHTS_FILE, load_checkpoint, load_tokenizer
 from model.device import choose_device, set_threads
@@ -26,15 +21,13 @@ from model.evaluation.passages import Protocol
 from model.evaluation.points import FLOOR, make_points
 from model.evaluation.references import compressed_bits
 from model.evaluation.report import DomainReport, budget_rows
+from model.evaluation.sources import read_calibration, read_domains
 from model.evaluation.table import table
 from model.lm import AdaptiveAttentionSystem
 from model.tokenizer import Tokenizer
-from model.training.data import read_documents
 
 DEFAULT_BUDGETS = "1,0.85,0.55,0.35,floor"
 DEFAULT_RATES = "1/2,1/4"
-CALIBRATION = (16, 2048)
-"""Texts, and bytes of each, that thresholds are fitted to: as many as training takes."""
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +71,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         raise ValueError("--plot needs matplotlib: pip install 'rheostat[plot]'")
     if arguments.source is None:
         set_threads(arguments.threads)
-        results = _evaluate(arguments, _domains(arguments))
+        results = _evaluate(arguments)
     else:
         results = _read(arguments)
     if arguments.plot is not None:
@@ -101,7 +94,10 @@ def _read(arguments: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def _evaluate(arguments: argparse.Namespace, domains: Sequence[Domain]) -> dict[str, Any]:
+def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    if not arguments.documents:
+        raise ValueError("--documents is required")
+    domains = read_domains(arguments.documents, arguments.max_bytes, arguments.document_bytes)
     tokenizer = load_tokenizer(arguments.checkpoint)
     device = choose_device(arguments.device)
     model = load_checkpoint(arguments.checkpoint, device)
@@ -147,13 +143,14 @@ def _experiment(
         budgets = _budgets(DEFAULT_BUDGETS if rates is None else f"1,{FLOOR}")
         rates = _rates(DEFAULT_RATES) if rates is None else rates
     points = make_points(model.cost, budgets, rates or [])
-    # One point is enough to tell what a feature is worth, and eight arms of features would double the time.
+    # One point tells what a feature is worth; eight arms of features at every point would double the time.
     feature_points = frozenset([f"rate {rates[0]}"] if rates else [point.label for point in points])
+    calibration = read_calibration(arguments.calibration, domains, arguments.document_bytes, tokenizer)
     return Experiment(
         model=model,
         tokenizer=tokenizer,
         protocol=protocol,
-        arms=make_arms(model, names, protocol, _calibration(arguments, domains, tokenizer)),
+        arms=make_arms(model, names, protocol, calibration),
         points=points,
         feature_points=feature_points,
         plain=_plain(arguments.plain, model, tokenizer),
@@ -171,50 +168,11 @@ def _plain(folders: Sequence[Path], model: AdaptiveAttentionSystem, tokenizer: T
     return models
 
 
-def _domains(arguments: argparse.Namespace) -> list[Domain]:
-    if not arguments.documents:
-        raise ValueError("--documents is required")
-    domains: dict[str, Domain] = {}
-    for name, path in arguments.documents:
-        if name in domains:
-            raise ValueError(f"two domains are called {name!r}: name them, as in other={path}")
-        documents = [first_bytes(document, arguments.document_bytes) for document in read_documents(path)]
-        domains[name] = Domain(name, spread(documents, arguments.max_bytes))
-    return list(domains.values())
-
-
-def _calibration(arguments: argparse.Namespace, domains: Sequence[Domain], tokenizer: Tokenizer) -> Tensor | None:
-    """Texts [16, 2048], each from the start of a document on, spread over files without what is evaluated."""
-    paths, most = arguments.calibration, arguments.document_bytes
-    if not paths:
-        return None
-    evaluated = {document for domain in domains for document in domain.documents}
-    count, length = CALIBRATION
-    texts = []
-    for number, path in enumerate(paths):
-        documents = [document for document in read_documents(path) if first_bytes(document, most) not in evaluated]
-        wanted = count * (number + 1) // len(paths) - count * number // len(paths)
-        size = sum(map(len, documents))
-        if size < wanted * length:
-            raise ValueError(f"{path} holds {size} bytes beside what is evaluated, and {wanted * length} are needed")
-        firsts = [index * len(documents) // wanted for index in range(wanted)]
-        texts += [_text([*documents[first:], *documents[:first]], length, tokenizer) for first in firsts]
-    return torch.tensor(texts)
-
-
-def _text(documents: Sequence[bytes], length: int, tokenizer: Tokenizer) -> list[int]:
-    """The first ``length`` tokens of documents, each after the tokenizer's start, begun again where they end."""
-    tokens: list[int] = []
-    for document in cycle(documents):
-        tokens += [tokenizer.start, *tokenizer.tokens_of_bytes(document)]
-        if len(tokens) >= length:
-            break
-    return tokens[:length]
-
-
 def _identity(arguments: argparse.Namespace, domains: Sequence[Domain]) -> str:
-    """What a journal's scores depend on."""
+    """What a journal's scores depend on, the program included."""
     digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(source.read_bytes())
     for folder in (arguments.checkpoint, *arguments.plain):
         digest.update((folder / WEIGHTS_FILE).read_bytes())
     for domain in domains:
@@ -222,29 +180,6 @@ def _identity(arguments: argparse.Namespace, domains: Sequence[Domain]) -> str:
     options = ("protocol", "budgets", "rates", "arms", "calibration", "plain")
     digest.update(repr([getattr(arguments, name) for name in options]).encode())
     return digest.hexdigest()
-
-
-def spread(documents: list[bytes], max_bytes: int | None) -> list[bytes]:
-    """Whole documents, evenly spread over the list: as many as ``max_bytes`` hold, at least one (None: every one)."""
-    count = len(documents)
-    sizes = np.array([len(document) for document in documents])
-    if max_bytes is None or sizes.sum() <= max_bytes:
-        return documents
-    chosen = [0]
-    for number in range(2, count):
-        indices = np.arange(number) * count // number
-        if sizes[indices].sum() <= max_bytes:
-            chosen = indices.tolist()
-    return [documents[index] for index in chosen]
-
-
-def first_bytes(document: bytes, most: int | None) -> bytes:
-    """At most the first ``most`` bytes of a document (None: all), and no part of a character."""
-    if most is None or len(document) <= most:
-        return document
-    while most and document[most] & 0xC0 == 0x80:
-        most -= 1
-    return document[:most]
 
 
 def _source(text: str) -> tuple[str, Path]:
@@ -258,6 +193,8 @@ def _picture(text: str) -> Path:
     path = Path(text)
     if path.suffix not in (".svg", ".png"):
         raise argparse.ArgumentTypeError(f"{text!r} must end in .svg or .png")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} must be in a folder that exists")
     return path
 
 

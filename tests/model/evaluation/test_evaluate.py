@@ -202,6 +202,7 @@ def test_what_cannot_be_done_is_one_line(
         (["--rates", "1/2,2"], "rate '2' must be a number in (0, 1]"),
         (["--rates", "1/0"], "rate '1/0' must be a number in (0, 1]"),
         (["--plot", "frontier.pdf"], "'frontier.pdf' must end in .svg or .png"),
+        (["--plot", "/nowhere/frontier.svg"], "must be in a folder that exists"),
         (["--protocol", "P3"], "P3"),
         (["--max-bytes", "0"], "'0' must be a whole number of at least 1"),
     ],

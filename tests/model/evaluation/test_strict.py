@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from model.adaptive.tiling import Pace
-from model.evaluation.cli import first_bytes, spread
 from model.evaluation.passages import PIECE
+from model.evaluation.sources import first_bytes, spread
 from model.evaluation.strict import StrictEvaluation
 from model.tokenizer import DOCUMENT
 from tests.model.shapes import random_model, step_through
