@@ -7,20 +7,18 @@ rule cannot claim.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numba import njit
 from torch import Tensor
 
 from model.adaptive.density import FEATURES, InformationDensityAnalyzer
 from model.adaptive.tiling import Pace, TileManager
 from model.cost import CostModel, Rates
-from model.evaluation.passages import Passage, Protocol, read_features
+from model.evaluation.passages import Calibration, Passage, Protocol, read_features
 from model.evaluation.tilings import TilingPlan
 from model.lm import AdaptiveAttentionSystem
 from model.ops.tiling import FARTHEST, Booleans, Bytes, Floats, pacing_error
@@ -115,13 +113,15 @@ def _fire_threshold(
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A passage and its density features [L, 4]."""
+    """A passage and its density features [L, F]."""
 
     passage: Passage
     features: Tensor
 
 
 Signal = Callable[[Text], Floats]
+Combination = Callable[[Tensor], Tensor]
+"""Density [...] from raw features [..., F], before it is smoothed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,9 +159,9 @@ class Arm:
 
 
 def make_arms(
-    model: AdaptiveAttentionSystem, names: Iterable[str], protocol: Protocol, calibration: Tensor | None
+    model: AdaptiveAttentionSystem, names: Iterable[str], protocol: Protocol, calibration: Calibration | None
 ) -> list[Arm]:
-    """The named arms. Those of ``REFITTED`` are fitted to calibration texts [B, L], as training fits the shipped one.
+    """The named arms. Those of ``REFITTED`` are fitted to calibration texts, as training fits the shipped one.
 
     Raises:
         ValueError: a name is not an arm of the protocol, or calibration text is missing.
@@ -179,24 +179,24 @@ def make_arms(
 
 
 class _Factory:
-    def __init__(self, model: AdaptiveAttentionSystem, calibration: Tensor | None) -> None:
+    def __init__(self, model: AdaptiveAttentionSystem, calibration: Calibration | None) -> None:
         self._model = model
-        self._calibration = None if calibration is None else calibration.to(model.device)
-        self._features = None if self._calibration is None else read_features(model, self._calibration)
+        self._calibration = calibration
+        self._features = None if calibration is None else read_features(model, calibration.tokens.to(model.device))
 
     def make(self, name: str) -> Arm:
-        density = self._density(self._model.density)
+        combine = self._model.density.combine
+        density = self._density(combine)
         if name == ADAPTIVE:
             return Arm(name, self._model.tiles, density, pays=True, looks_ahead=True)
         if name == "online":
             return Arm(name, self._tiles(OnlineTiles), density, pays=True, looks_ahead=False)
         if name == "threshold":
-            tiles = self._fitted(ThresholdTiles, self._smoothed(self._model.density))
+            tiles = self._fitted(ThresholdTiles, self._smoothed(combine))
             return Arm(name, tiles, density, pays=True, looks_ahead=True)
         if name == "whitespace":
             assert self._calibration is not None
-            spaces = np.isin(self._calibration.cpu().numpy(), [*b" \t\n\r\f\v", 256])
-            tiles = self._fitted(ThresholdTiles, np.stack([nearness(row) for row in spaces]))
+            tiles = self._fitted(ThresholdTiles, np.stack([nearness(row) for row in self._calibration.spaces]))
             return Arm(name, tiles, lambda text: nearness(text.passage.spaces), pays=False, looks_ahead=True)
         if name == "stretches":
             return Arm(name, self._tiles(StretchTiles), _positions, pays=False, looks_ahead=False)
@@ -209,9 +209,9 @@ class _Factory:
         kind, _, feature = name.partition("-")
         kept = [(other == feature) == (kind == "only") for other in FEATURES]
         assert self._features is not None
-        analyzer = restrict(self._model.density, kept, self._features)
-        tiles = self._fitted(TileManager, self._smoothed(analyzer))
-        return Arm(name, tiles, self._density(analyzer), pays=True, looks_ahead=True)
+        restricted = restrict(self._model.density, kept, self._features)
+        tiles = self._fitted(TileManager, self._smoothed(restricted))
+        return Arm(name, tiles, self._density(restricted), pays=True, looks_ahead=True)
 
     def _tiles(self, kind: type[TileManager]) -> TileManager:
         tiles = kind(self._model.config)
@@ -223,42 +223,38 @@ class _Factory:
         calibrate_tiles(tiles, signals)
         return tiles
 
-    def _smoothed(self, analyzer: InformationDensityAnalyzer) -> Floats:
+    def _smoothed(self, combine: Combination) -> Floats:
         assert self._features is not None
-        return smooth_features(analyzer, self._features)
+        return smooth_features(self._model.density, self._features, combine)
 
-    def _density(self, analyzer: InformationDensityAnalyzer) -> Signal:
-        return lambda text: smooth_features(analyzer, text.features.unsqueeze(0))[0]
+    def _density(self, combine: Combination) -> Signal:
+        return lambda text: smooth_features(self._model.density, text.features.unsqueeze(0), combine)[0]
 
 
 @torch.inference_mode()
-def smooth_features(analyzer: InformationDensityAnalyzer, features: Tensor) -> Floats:
-    """The density [B, L] by which places are chosen, from raw features [B, L, 4] of sequences from their start."""
+def smooth_features(analyzer: InformationDensityAnalyzer, features: Tensor, combine: Combination) -> Floats:
+    """The density [B, L] by which places are chosen, from raw features [B, L, F] of sequences from their start."""
     device = analyzer.mean.device
     before, after = (analyzer.zero_state(len(features), device) for _ in range(2))
-    return analyzer.smooth(analyzer.combine(features.to(device)), before, after)
+    return analyzer.smooth(combine(features.to(device)), before, after)
 
 
 @torch.no_grad()
-def restrict(
-    analyzer: InformationDensityAnalyzer, kept: Sequence[bool], features: Tensor
-) -> InformationDensityAnalyzer:
-    """A copy of an analyzer that uses only some features, standardised as the model has them.
+def restrict(analyzer: InformationDensityAnalyzer, kept: Sequence[bool], features: Tensor) -> Combination:
+    """The analyzer's density as if only some features told something: the others stay at their mean.
 
-    Their weights are scaled, and the bias moved, so that what the density is made of has the mean and the deviation
-    over ``features`` [..., 4] that it has with all: the trade against staleness stays the same one.
+    The logarithm of the density is scaled and moved to have the mean and the deviation over ``features`` [..., F] that
+    it has with all of them: otherwise a feature of small weight would be judged by staleness alone.
     """
-    mask = torch.tensor(kept, device=analyzer.mean.device)
-    weight = F.softplus(analyzer.raw_weight)
-    terms = (features.to(mask.device).reshape(-1, len(FEATURES)) - analyzer.mean) / analyzer.std * weight
-    everything, rest = terms.sum(-1), (terms * mask).sum(-1)
-    gain = everything.std() / rest.std().clamp_min(1e-12)
-    scaled = (weight * gain).clamp_min(1e-12)
-    restricted = copy.deepcopy(analyzer)
-    # The inverse of softplus; minus infinity is the weight 0.
-    restricted.raw_weight.copy_(torch.where(mask, scaled + torch.log(-torch.expm1(-scaled)), -torch.inf))
-    restricted.bias.add_(everything.mean() - gain * rest.mean())
-    return restricted
+    device = analyzer.mean.device
+    mask, average = torch.tensor(kept, device=device), features.to(device).flatten(0, -2).mean(0)
+
+    def part(values: Tensor) -> Tensor:
+        return analyzer.combine(torch.where(mask, values, average)).log()
+
+    whole, rest = analyzer.combine(features.to(device)).log(), part(features.to(device))
+    gain = whole.std() / rest.std().clamp_min(1e-9)
+    return lambda values: (gain * (part(values) - rest.mean()) + whole.mean()).exp()
 
 
 def nearness(spaces: Booleans) -> Floats:

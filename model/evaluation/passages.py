@@ -55,7 +55,7 @@ class Passage:
     sizes: Integers
     """[L] bytes of each target."""
     spaces: Booleans
-    """[L] whether the token read holds whitespace, or stands before the text."""
+    """[L] whether the token read holds whitespace."""
     planned: int
     """Positions from the start whose places are planned in blocks; those after them are placed causally."""
     scored: int
@@ -73,6 +73,16 @@ class Passage:
     def bytes(self) -> int:
         """Bytes scored."""
         return int(self.sizes[self.scored :].sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Texts that thresholds are fitted to."""
+
+    tokens: Tensor
+    """[B, L]."""
+    spaces: Booleans
+    """[B, L], as those of a passage."""
 
 
 class Cutter:
@@ -106,22 +116,27 @@ class Cutter:
         return [self._passage(ids[end - length : end], self._prompt, self._prompt - 1) for end in ends]
 
     def _passage(self, ids: Sequence[int], planned: int, scored: int) -> Passage:
-        texts = [self._tokenizer.token_bytes(token) for token in ids]
-        spaces = [True, *(not text or any(byte in b" \t\n\r\f\v" for byte in text) for text in texts[:-1])]
-        tokens = torch.tensor([[self._tokenizer.start, *ids]], device=self._device)
+        read = [self._tokenizer.start, *ids]
+        tokens = torch.tensor([read], device=self._device)
         passage = Passage(
             order=self._order,
             offset=self._offset,
             inputs=tokens[:, :-1],
             targets=tokens[0, 1:],
-            sizes=np.array([len(text) for text in texts], np.int64),
-            spaces=np.array(spaces, np.bool_),
+            sizes=np.array([len(self._tokenizer.token_bytes(token)) for token in ids], np.int64),
+            spaces=find_spaces(self._tokenizer, read[:-1]),
             planned=planned,
             scored=scored,
         )
         self._order += 1
         self._offset += len(ids)
         return passage
+
+
+def find_spaces(tokenizer: Tokenizer, ids: Sequence[int]) -> Booleans:
+    """Which of the tokens [L] hold whitespace, or stand for no text, as those between documents."""
+    texts = (tokenizer.token_bytes(token) for token in ids)
+    return np.array([not text or any(byte in b" \t\n\r\f\v" for byte in text) for text in texts], np.bool_)
 
 
 def piece_length(model: AdaptiveAttentionSystem) -> int:
@@ -131,7 +146,7 @@ def piece_length(model: AdaptiveAttentionSystem) -> int:
 
 @torch.inference_mode()
 def read_features(model: AdaptiveAttentionSystem, inputs: Tensor) -> Tensor:
-    """Raw density features [B, L, 4] of sequences [B, L], as serving computes them, on the CPU."""
+    """Raw density features [B, L, F] of sequences [B, L], as serving computes them, on the CPU."""
     state = model.allocate_state(len(inputs))
     parts = []
     for tokens in inputs.split(piece_length(model), dim=1):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from model.evaluation.experiment import Domain
+from model.evaluation.passages import Calibration, find_spaces
 from model.tokenizer import Tokenizer
 from model.training.data import read_documents
 
@@ -58,7 +58,7 @@ def first_bytes(document: bytes, most: int | None) -> bytes:
 
 def read_calibration(
     paths: Sequence[Path], domains: Sequence[Domain], most: int | None, tokenizer: Tokenizer
-) -> Tensor | None:
+) -> Calibration | None:
     """Texts [16, 2048], each from the start of a document on, spread over files; None without files.
 
     Documents whose first ``most`` bytes are evaluated are left out.
@@ -79,7 +79,7 @@ def read_calibration(
             raise ValueError(f"{path} holds {size} bytes beside what is evaluated, and {wanted * length} are needed")
         firsts = [index * len(documents) // wanted for index in range(wanted)]
         texts += [_text([*documents[first:], *documents[:first]], length, tokenizer) for first in firsts]
-    return torch.tensor(texts)
+    return Calibration(torch.tensor(texts), np.stack([find_spaces(tokenizer, text) for text in texts]))
 
 
 def _text(documents: Sequence[bytes], length: int, tokenizer: Tokenizer) -> list[int]:

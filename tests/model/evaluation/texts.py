@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import torch
 
 from model.evaluation.arms import Arm, Text
-from model.evaluation.passages import Cutter, Protocol, read_features
+from model.evaluation.passages import Calibration, Cutter, Protocol, read_features
 from model.lm import AdaptiveAttentionSystem
 from model.ops.tiling import Floats
 from model.tokenizer import ByteTokenizer
 from tests.model.shapes import random_tokens
 
-CALIBRATION = random_tokens(4, 1024, seed=7)
+TOKENS = random_tokens(4, 1024, seed=7)
+CALIBRATION = Calibration(TOKENS, np.isin(TOKENS.numpy(), list(b" \t\n\r\f\v")))
 
 
 def document(length: int, seed: int) -> bytes:
