@@ -30,6 +30,9 @@ STRETCH = 64
 SEED = 20_260
 """Of what is shuffled."""
 
+_SILENT = 1e-5
+"""Deviation of a log density that is rounding."""
+
 ADAPTIVE = "adaptive"
 BLIND = ("uniform", "uniform-rate", "stretches", "whitespace")
 SHUFFLED = ("shuffled", "shuffled-runs")
@@ -244,7 +247,8 @@ def restrict(analyzer: InformationDensityAnalyzer, kept: Sequence[bool], feature
     """The analyzer's density as if only some features told something: the others stay at their mean.
 
     The logarithm of the density is scaled and moved to have the mean and the deviation over ``features`` [..., F] that
-    it has with all of them: otherwise a feature of small weight would be judged by staleness alone.
+    it has with all of them: otherwise a feature of small weight would be judged by staleness alone. So is one of no
+    weight at all, whose density does not change.
     """
     device = analyzer.mean.device
     mask, average = torch.tensor(kept, device=device), features.to(device).flatten(0, -2).mean(0)
@@ -253,7 +257,7 @@ def restrict(analyzer: InformationDensityAnalyzer, kept: Sequence[bool], feature
         return analyzer.combine(torch.where(mask, values, average)).log()
 
     whole, rest = analyzer.combine(features.to(device)).log(), part(features.to(device))
-    gain = whole.std() / rest.std().clamp_min(1e-9)
+    gain = whole.std() / rest.std() if rest.std() > _SILENT else 1.0
     return lambda values: (gain * (part(values) - rest.mean()) + whole.mean()).exp()
 
 
