@@ -116,6 +116,9 @@ def test_a_plan_that_sees_its_block_is_charged_and_called_a_bound(
         assert row["bits_per_byte"] == pytest.approx(bits + owed)
         difference = row["uncharged"]["value"] - row["recovered"]["value"]
         assert difference * domain["range"]["value"] == pytest.approx(owed, abs=1e-9)
+        (shipped,) = (other for other in domain["arms"]["adaptive"] if other["label"] == "rate 1/2")
+        gain = shipped["recovered"]["value"] - row["recovered"]["value"]
+        assert row["adaptive_gain"]["value"] == pytest.approx(gain, abs=1e-9)
         assert all(end["charge"] == 0.0 for end in rows if end["label"] in ("1", "floor"))
     assert results["budgets"][-1]["bits_per_byte"] == pytest.approx(domain["arms"]["adaptive"][-1]["bits_per_byte"])
     assert "an upper bound on what placement can give" in capsys.readouterr().out
@@ -178,7 +181,7 @@ def test_results_are_shown_and_drawn_again(folder: Path, capsys: pytest.CaptureF
         (["--documents", "{code}", "--arms", "threshold", "--calibration", "{code}"], "beside what is evaluated"),
         (
             ["--documents", "{code}", "--arms", "threshold", "--calibration", "{code}", "--document-bytes", "9"],
-            "0 bytes beside what is evaluated",
+            " holds 0 bytes beside what is evaluated",
         ),
         (["--documents", "{code}", "--plain", "/nowhere"], "no checkpoint at /nowhere"),
         (["--documents", "{code}", "--json", "/nowhere/results.json"], "/nowhere"),
