@@ -16,6 +16,7 @@ from model.evaluation.arms import (
     STRETCH,
     STRICT_ARMS,
     StretchTiles,
+    Text,
     ThresholdTiles,
     make_arms,
     nearness,
@@ -163,6 +164,20 @@ def test_fewer_features_keep_the_mean_and_the_deviation_of_the_log_density() -> 
     whole = analyzer.combine(features).log()
     everything = restrict(analyzer, [True] * len(FEATURES), features)
     torch.testing.assert_close(everything(features).log(), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "reads_it"), [("only-predictive_entropy", True), ("without-predictive_entropy", False)]
+)
+def test_arms_of_features_read_those_that_they_are_named_after(name: str, reads_it: bool) -> None:
+    model = random_model()
+    (text,) = read(model, Protocol.STRICT, [document(400, 1)])
+    (arm,) = make_arms(model, [f"{kind}-predictive_entropy"], Protocol.STRICT, CALIBRATION)
+    for index, feature in enumerate(FEATURES[:4]):
+        features = text.features.clone()
+        features[:, index] += 1.0
+        same = np.array_equal(arm.signal(text), arm.signal(Text(text.passage, features)))
+        assert same == ((feature == "predictive_entropy") == (kind == "without")), feature
 
 
 def test_density_is_that_of_the_model() -> None:
