@@ -166,10 +166,8 @@ def test_fewer_features_keep_the_mean_and_the_deviation_of_the_log_density() -> 
     torch.testing.assert_close(everything(features).log(), whole, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "reads_it"), [("only-predictive_entropy", True), ("without-predictive_entropy", False)]
-)
-def test_arms_of_features_read_those_that_they_are_named_after(name: str, reads_it: bool) -> None:
+@pytest.mark.parametrize("kind", ["only", "without"])
+def test_arms_of_features_read_those_that_they_are_named_after(kind: str) -> None:
     model = random_model()
     (text,) = read(model, Protocol.STRICT, [document(400, 1)])
     (arm,) = make_arms(model, [f"{kind}-predictive_entropy"], Protocol.STRICT, CALIBRATION)
