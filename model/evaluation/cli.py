@@ -3,65 +3,205 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
+from collections.abc import Sequence
+from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from tqdm import tqdm
-
-from model.checkpoint import EMBEDDED_CHECKPOINT, load_checkpoint, load_tokenizer
+from model.checkpoint import EMBEDDED_CHECKPOINT, WEIGHTS_FILE, load_checkpoint, load_tokenizer
 from model.device import choose_device, set_threads
-from model.evaluation.strict import StrictEvaluation
-from model.training.data import read_documents
+from model.evaluation.arms import ADAPTIVE, PLANNED_ARMS, REFITTED, STRICT_ARMS, make_arms
+from model.evaluation.experiment import Domain, Experiment
+from model.evaluation.journal import Journal
+from model.evaluation.passages import Protocol
+from model.evaluation.points import FLOOR, make_points
+from model.evaluation.references import compressed_bits
+from model.evaluation.report import DomainReport, budget_rows
+from model.evaluation.sources import read_calibration, read_domains
+from model.evaluation.table import table
+from model.lm import AdaptiveAttentionSystem
+from model.tokenizer import Tokenizer
 
-FLOOR = "floor"
+DEFAULT_BUDGETS = "1,0.85,0.55,0.35,floor"
+DEFAULT_RATES = "1/2,1/4"
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command on ``parser``."""
-    parser.add_argument("--documents", type=Path, required=True, help="UTF-8 documents separated by NUL (.xz is read)")
-    parser.add_argument("--budgets", type=_budgets, default="1,0.5,0.25,floor", help="numbers in (0, 1], or floor")
+    parser.add_argument(
+        "--documents", type=_source, nargs="+", metavar="[NAME=]FILE",
+        help="UTF-8 documents separated by NUL (.xz is read), one domain each, called as the file's first part",
+    )  # fmt: skip
+    parser.add_argument("--protocol", type=Protocol, choices=list(Protocol), default=Protocol.STRICT, help=(
+        "P0: causal; P1: prompts planned, continuations scored; P2: all planned, an upper bound"
+    ))  # fmt: skip
+    parser.add_argument("--budgets", type=_budgets, help=f"numbers in (0, 1], or floor [{DEFAULT_BUDGETS}]")
+    parser.add_argument("--rates", type=_rates, help=f"points by trunk rate, besides [{DEFAULT_RATES}]")
+    parser.add_argument("--arms", default=ADAPTIVE, help=(
+        f"ways to place the trunk, with commas, or all; P0: {', '.join(STRICT_ARMS)}; else {', '.join(PLANNED_ARMS)}; "
+        "single features run at the first of --rates"
+    ))  # fmt: skip
+    parser.add_argument("--calibration", type=Path, nargs="+", default=[], metavar="FILE", help=(
+        f"validation documents to fit thresholds of {', '.join(REFITTED[:2])} and of single features to"
+    ))  # fmt: skip
+    parser.add_argument("--plain", type=Path, nargs="+", default=[], metavar="FOLDER", help=(
+        "checkpoints of plain models to compare with"
+    ))  # fmt: skip
     parser.add_argument("--checkpoint", type=Path, default=EMBEDDED_CHECKPOINT, help="folder of a checkpoint")
-    parser.add_argument("--max-bytes", type=int, help="score about this much, whole documents evenly spread")
+    parser.add_argument("--max-bytes", type=_count, help="score at most this much of a domain, documents evenly spread")
+    parser.add_argument("--document-bytes", type=_count, help=(
+        "score at most so much of a document, so that --max-bytes hold more of them, and intervals are narrower"
+    ))  # fmt: skip
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write one JSON object, or print it")
+    parser.add_argument("--plot", type=_picture, metavar="FILE", help="draw the results, .svg or .png")
+    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help=(
+        "show results that --json wrote, instead of scoring"
+    ))  # fmt: skip
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    set_threads(arguments.threads)
-    documents = spread(read_documents(arguments.documents), arguments.max_bytes)
-    tokenizer = load_tokenizer(arguments.checkpoint)
-    model = load_checkpoint(arguments.checkpoint, choose_device(arguments.device))
-    asked: list[float | str] = arguments.budgets
-    budgets = [model.cost.floor if budget == FLOOR else float(budget) for budget in asked]
-    evaluation = StrictEvaluation(model, budgets, tokenizer)
-    with tqdm(total=sum(map(len, documents)), unit="B", unit_scale=True) as bar:
-        for document in documents:
-            evaluation.add(document, bar.update)
-    rows = [
-        {"budget": budget, "bits_per_byte": score.bits_per_byte, "flop_ratio": score.flop_ratio}
-        for budget, score in zip(asked, evaluation.scores, strict=True)
-    ]
-    total = evaluation.scores[0].bytes
-    if arguments.json:
-        name = model.config.name
-        print(json.dumps({"model": name, "documents": len(documents), "bytes": total, "budgets": rows}))
-        return 0
-    print(f"{len(documents)} documents, {total:,} bytes, {model.config.name}")
-    print(f"{'budget':>8}  {'bits per byte':>13}  {'FLOPs / full':>12}")
-    for row in rows:
-        print(f"{row['budget']:>8}  {row['bits_per_byte']:13.4f}  {row['flop_ratio']:12.4f}")
+    if arguments.plot is not None and find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'rheostat[plot]'")
+    if arguments.source is None:
+        set_threads(arguments.threads)
+        results = _evaluate(arguments)
+    else:
+        results = _read(arguments)
+    if arguments.plot is not None:
+        from model.evaluation.plot import plot  # the picture's library is an extra
+
+        plot(results, arguments.plot)
+    print(json.dumps(results) if arguments.json == "-" else table(results))
     return 0
 
 
-def spread(documents: list[bytes], max_bytes: int | None) -> list[bytes]:
-    """Whole documents, evenly spread over the list, of about ``max_bytes`` in all (None: every one)."""
-    total = sum(map(len, documents))
-    if max_bytes is None or total <= max_bytes:
-        return documents
-    count = max(1, len(documents) * max_bytes // total)
-    return [documents[index * len(documents) // count] for index in range(count)]
+def _read(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.documents:
+        raise ValueError("--from shows results that were scored before: --documents has no place beside it")
+    try:
+        results: dict[str, Any] = json.loads(arguments.source.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read results from {arguments.source}: {error}") from error
+    if not isinstance(results, dict) or "domains" not in results:
+        raise ValueError(f"{arguments.source} holds no results of rheostat evaluate")
+    return results
+
+
+def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    if not arguments.documents:
+        raise ValueError("--documents is required")
+    domains = read_domains(arguments.documents, arguments.max_bytes, arguments.document_bytes)
+    tokenizer = load_tokenizer(arguments.checkpoint)
+    device = choose_device(arguments.device)
+    model = load_checkpoint(arguments.checkpoint, device)
+    tokenizer.require_vocabulary(model.config.name, model.config.vocab_size)
+    experiment = _experiment(arguments, model, tokenizer, domains)
+    file = None if arguments.json in (None, "-") else Path(arguments.json)
+    journal = Journal(file and file.with_name(f"{file.name}.partial"), _identity(arguments, domains))
+    scores = {domain.name: experiment.run(domain, journal) for domain in domains}
+    every = [document for documents in scores.values() for document in documents]
+    results = {
+        "model": model.config.name,
+        "protocol": str(experiment.protocol),
+        "documents": len(every),
+        "bytes": sum(document.bytes for document in every),
+        "budgets": budget_rows(experiment, every),
+        "domains": {
+            domain.name: {
+                **DomainReport(experiment, scores[domain.name]).as_dict(),
+                # P1 scores parts of documents, which no compressor can be asked for.
+                "references": {} if experiment.protocol is Protocol.SERVING else compressed_bits(domain.documents),
+            }
+            for domain in domains
+        },
+    }
+    if file is not None:
+        fresh = file.with_name(f"{file.name}.new")
+        fresh.write_text(json.dumps(results) + "\n")
+        os.replace(fresh, file)
+    journal.close()
+    return results
+
+
+def _experiment(
+    arguments: argparse.Namespace, model: AdaptiveAttentionSystem, tokenizer: Tokenizer, domains: Sequence[Domain]
+) -> Experiment:
+    protocol: Protocol = arguments.protocol
+    names = [name.strip() for name in arguments.arms.split(",")]
+    if names == ["all"]:
+        names = list(STRICT_ARMS if protocol is Protocol.STRICT else PLANNED_ARMS)
+    names = [ADAPTIVE, *(name for name in dict.fromkeys(names) if name != ADAPTIVE)]
+    budgets, rates = arguments.budgets, arguments.rates
+    if budgets is None:
+        budgets = _budgets(DEFAULT_BUDGETS if rates is None else f"1,{FLOOR}")
+        rates = _rates(DEFAULT_RATES) if rates is None else rates
+    points = make_points(model.cost, budgets, rates or [])
+    # One point tells what a feature is worth; eight arms of features at every point would double the time.
+    feature_points = frozenset([f"rate {rates[0]}"] if rates else [point.label for point in points])
+    calibration = read_calibration(arguments.calibration, domains, arguments.document_bytes, tokenizer)
+    return Experiment(
+        model=model,
+        tokenizer=tokenizer,
+        protocol=protocol,
+        arms=make_arms(model, names, protocol, calibration),
+        points=points,
+        feature_points=feature_points,
+        plain=_plain(arguments.plain, model, tokenizer),
+    )
+
+
+def _plain(folders: Sequence[Path], model: AdaptiveAttentionSystem, tokenizer: Tokenizer) -> dict[str, Any]:
+    models: dict[str, AdaptiveAttentionSystem] = {}
+    for folder in folders:
+        plain = load_checkpoint(folder, model.device)
+        tokenizer.require_vocabulary(plain.config.name, plain.config.vocab_size)
+        if folder.name in models:
+            raise ValueError(f"two plain checkpoints are called {folder.name!r}")
+        models[folder.name] = plain
+    return models
+
+
+def _identity(arguments: argparse.Namespace, domains: Sequence[Domain]) -> str:
+    """What a journal's scores depend on, the program included."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(source.read_bytes())
+    for folder in (arguments.checkpoint, *arguments.plain):
+        digest.update((folder / WEIGHTS_FILE).read_bytes())
+    for domain in domains:
+        digest.update(repr((domain.name, domain.documents)).encode())
+    options = ("protocol", "budgets", "rates", "arms", "calibration", "plain")
+    digest.update(repr([getattr(arguments, name) for name in options]).encode())
+    return digest.hexdigest()
+
+
+def _source(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if equals and not Path(text).exists():
+        return name, Path(path)
+    return Path(text).name.split(".")[0], Path(text)
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in (".svg", ".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} must end in .svg or .png")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} must be in a folder that exists")
+    return path
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
 
 
 def _budgets(text: str) -> list[float | str]:
@@ -73,5 +213,18 @@ def _budgets(text: str) -> list[float | str]:
             value = 0.0
         if isinstance(value, float) and not 0.0 < value <= 1.0:
             raise argparse.ArgumentTypeError(f"budget {part!r} must be a number in (0, 1] or {FLOOR!r}")
+        chosen.append(value)
+    return chosen
+
+
+def _rates(text: str) -> list[Fraction]:
+    chosen = []
+    for part in text.split(","):
+        try:
+            value = Fraction(part.strip())
+        except (ValueError, ZeroDivisionError):
+            value = Fraction(0)
+        if not 0 < value <= 1:
+            raise argparse.ArgumentTypeError(f"rate {part!r} must be a number in (0, 1], such as 1/2")
         chosen.append(value)
     return chosen

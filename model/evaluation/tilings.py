@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.adaptive.tiling import Pace, TileManager
+from model.adaptive.tiling import Pace, TileManager, accrue
 from model.lm import AdaptiveAttentionSystem
 from model.ops.tiling import Bytes, Floats, staleness_table
 from model.state import ModelState
@@ -39,7 +39,7 @@ class TilingPlan:
             position=pace.position + length,
             last_fire=int(last[-1]),
             fires=pace.fires + int(fires.sum()),
-            quota=pace.quota + self.rate * length,
+            quota=accrue(torch.tensor([pace.quota], dtype=torch.float64), self.rate, length).item(),
         )
         return fires, density * staleness_table(tiles.tau, oldest)[age]
 

@@ -21,8 +21,12 @@ def calibrate(model: AdaptiveAttentionSystem, tokens: Tensor) -> None:
     The controller corrects what is left; a good table only means that it has little to correct, so that fires fall
     where the text and not the quota wants them.
     """
-    densities = np.ascontiguousarray(model.analyse(tokens).numpy())
-    tiles = model.tiles
+    calibrate_tiles(model.tiles, np.ascontiguousarray(model.analyse(tokens).numpy()))
+
+
+@torch.no_grad()
+def calibrate_tiles(tiles: TileManager, densities: Floats) -> None:
+    """Fit the tables and the spread of a tile manager to smoothed densities [B, L] of texts, in place."""
     tiles.update_spread(densities, 1.0)
     # Every threshold is low enough for rate 1, and interpolation towards one of them would miss the rates below.
     rates = [min(rate, 0.98) for rate in RATES]

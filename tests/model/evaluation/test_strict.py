@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from model.adaptive.tiling import Pace
-from model.evaluation.cli import spread
-from model.evaluation.strict import PIECE, StrictEvaluation
+from model.evaluation.passages import PIECE
+from model.evaluation.sources import first_bytes, spread
+from model.evaluation.strict import StrictEvaluation
 from model.tokenizer import DOCUMENT
 from tests.model.shapes import random_model, step_through
 
@@ -61,4 +62,12 @@ def test_a_part_of_the_documents_is_spread_over_all() -> None:
     documents = [bytes([n]) * 10 for n in range(100)]
     assert spread(documents, None) == documents
     assert spread(documents, 100) == documents[::10]
+    assert spread(documents, 109) == documents[::10]
     assert spread(documents, 1) == documents[:1]
+    unequal = [b"x" * size for size in (1, 900, 1, 1, 1, 900, 1, 1)]
+    assert sum(map(len, spread(unequal, 100))) <= 100
+
+
+def test_the_first_bytes_of_a_document_are_whole_characters() -> None:
+    assert first_bytes("aäö".encode(), None) == first_bytes("aäö".encode(), 5) == "aäö".encode()
+    assert [first_bytes("aäö".encode(), most).decode() for most in (1, 2, 3, 4)] == ["a", "a", "aä", "aä"]

@@ -1,0 +1,132 @@
+"""One evaluation: every arm at every point of the dial, and plain models, over the documents of a domain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from tqdm import tqdm
+
+from model.cost import Rates
+from model.evaluation.arms import ADAPTIVE, ONLY, WITHOUT, Arm, Text, analysed
+from model.evaluation.journal import Journal
+from model.evaluation.passages import Cutter, Passage, Protocol, read_features
+from model.evaluation.points import Point, match_rates
+from model.evaluation.scoring import ENDS, PLAIN, DocumentScores, Key, Tally, full_flops, score
+from model.lm import AdaptiveAttentionSystem
+from model.ops.tiling import Bytes, Floats
+from model.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """Documents of one kind."""
+
+    name: str
+    documents: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """What is compared: arms of one model at points of its dial, and plain models at full resolution."""
+
+    model: AdaptiveAttentionSystem
+    tokenizer: Tokenizer
+    protocol: Protocol
+    arms: Sequence[Arm]
+    """The shipped rule first."""
+    points: Sequence[Point]
+    feature_points: frozenset[str]
+    """Labels of the points at which arms of single features run."""
+    plain: dict[str, AdaptiveAttentionSystem] = field(default_factory=dict)
+
+    def runs(self, arm: Arm, point: Point) -> bool:
+        """Whether the arm is scored at the point."""
+        return arm.name not in (*ONLY, *WITHOUT) or point.end is not None or point.label in self.feature_points
+
+    @staticmethod
+    def key(arm: Arm, point: Point) -> Key:
+        """Where a document keeps the tally of an arm at a point."""
+        return (arm.name, point.label) if point.end is None else (ENDS, str(point.end))
+
+    def run(self, domain: Domain, journal: Journal) -> list[DocumentScores]:
+        """Score the documents of a domain, those that are too short for the protocol left out.
+
+        Raises:
+            ValueError: all are.
+        """
+        cutter = Cutter(self.protocol, self.tokenizer, self.model.config.block_size, self.model.device)
+        cut = [passages for document in domain.documents if (passages := cutter.cut(document))]
+        if not cut:
+            raise ValueError(f"no document of {domain.name!r} is long enough for protocol {self.protocol}")
+        texts = [self._read(passages) for passages in tqdm(cut, desc=f"{domain.name}: density", unit="doc")]
+        cells = self._cells([text for document in texts for text in document])
+        total = sum(passage.bytes for passages in cut for passage in passages) * (len(cells) + len(self.plain))
+        with tqdm(total=total, unit="B", unit_scale=True, desc=f"{domain.name}: {len(cells)} arms") as bar:
+            scores = []
+            for number, document in enumerate(texts):
+                known = journal.find(domain.name, number)
+                if known is None:
+                    known = self._score(document, cells, bar.update)
+                    journal.add(domain.name, number, known)
+                else:
+                    bar.update(known.bytes * (len(cells) + len(self.plain)))
+                scores.append(known)
+        return scores
+
+    def _read(self, passages: Iterable[Passage]) -> list[Text]:
+        return [Text(passage, read_features(self.model, passage.inputs)[0]) for passage in passages]
+
+    def _cells(self, texts: Sequence[Text]) -> dict[Key, tuple[Arm, Rates]]:
+        """What is scored: each arm at each point at the rates at which it spends what the shipped rule spends."""
+        reference = self.arms[0]
+        assert reference.name == ADAPTIVE, "the shipped rule is what others are matched with"
+        cells = {self.key(reference, point): (reference, point.rates) for point in self.points}
+        between = [point for point in self.points if point.end is None]
+        signals = [reference.signal(text) for text in texts]
+        fires = {point.label: _fires(reference, texts, signals, point.rates) for point in between}
+        for arm in self.arms[1:]:
+            signals = [arm.signal(text) for text in texts]
+            for point in between:
+                if self.runs(arm, point):
+                    rates = match_rates(arm, reference, self.model.cost, texts, signals, point, fires[point.label])
+                    cells[self.key(arm, point)] = (arm, rates)
+        return cells
+
+    def _score(
+        self, texts: Sequence[Text], cells: dict[Key, tuple[Arm, Rates]], progress: Callable[[int], object]
+    ) -> DocumentScores:
+        scores = DocumentScores(tallies={key: Tally() for key in cells})
+        for text in texts:
+            passage = text.passage
+            scores.bytes += passage.bytes
+            scores.positions += len(passage)
+            scores.full_flops += full_flops(self.model.cost, passage)
+            placements = self._place(text, cells)
+            bits = score(self.model, passage, placements, lambda done: progress(done * len(cells)))
+            for (key, (arm, rates)), fires, needed in zip(cells.items(), placements, bits, strict=True):
+                paid = analysed(arm, rates)
+                scores.tallies[key].add(self.model.cost, passage, fires, float(needed), analysed=paid)
+            for name, plain in self.plain.items():
+                everywhere = np.ones(len(passage), np.uint8)
+                needed = score(plain, passage, [everywhere], progress)[0]
+                tally = scores.tallies.setdefault((PLAIN, name), Tally())
+                tally.add(plain.cost, passage, everywhere, float(needed), analysed=False)
+        return scores
+
+    def _place(self, text: Text, cells: dict[Key, tuple[Arm, Rates]]) -> list[Bytes]:
+        signals: dict[str, Floats] = {}
+        placements = []
+        for key, (arm, rates) in cells.items():
+            if key[0] == ENDS:
+                placements.append(np.full(len(text.passage), int(key[1]), np.uint8))
+                continue
+            if arm.name not in signals:
+                signals[arm.name] = arm.signal(text)
+            placements.append(arm.place(text.passage, signals[arm.name], rates))
+        return placements
+
+
+def _fires(arm: Arm, texts: Sequence[Text], signals: Sequence[Floats], rates: Rates) -> int:
+    return sum(int(arm.place(text.passage, signal, rates).sum()) for text, signal in zip(texts, signals, strict=True))
