@@ -43,6 +43,9 @@ def _read_deb(path: Path, wants: Callable[[str], bool]) -> Iterator[tuple[str, b
                         file = archive.extractfile(member)
                         assert file is not None
                         yield name, file.read()
+            unpack.stdout.read()
+            damage = "" if unpack.wait() == 0 else f"dpkg-deb ended with {unpack.returncode}"
         except tarfile.TarError as error:
-            said = unpack.stderr.read().decode(errors="replace").strip()
-            raise BuildError(f"cannot read {path}: {said or error}") from error
+            damage = str(error)
+        if damage:
+            raise BuildError(f"cannot read {path}: {unpack.stderr.read().decode(errors='replace').strip() or damage}")

@@ -51,7 +51,7 @@ def reason_to_drop(text: bytes, domain: Domain) -> str | None:
 
 
 def _share(text: bytes, characters: bytes) -> float:
-    return 1 - len(text.translate(None, characters)) / len(text)
+    return (len(text) - len(text.translate(None, characters))) / len(text)
 
 
 def parts(text: bytes, size: int) -> list[bytes]:
