@@ -5,24 +5,29 @@ from __future__ import annotations
 import json
 import lzma
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from model.corpus.build import LICENCES, MANIFEST
+from model.corpus.clean import parts
 from model.corpus.errors import BuildError
 from model.corpus.split import TEST, UNSEEN, rank
 from model.corpus.write import END
 
-LARGEST_SHARE = 4
-"""No document takes more than this part (one over it) of an excerpt."""
+DOCUMENTS = 8
+"""An excerpt holds at least about this many documents: longer ones are cut."""
+LONGEST_LICENCE = 20_000
+"""Sources whose licence files are longer, or missing, are passed over: the files are shipped with the excerpts."""
 
 
 def excerpts(built: Path, output: Path, size: int) -> dict[str, dict[str, int]]:
-    """Write ``<domain>.txt.xz`` of whole documents, of about ``size`` bytes each, ``NOTICE.md`` and licence files.
+    """Write ``<domain>.txt.xz`` of documents or their beginnings, ``NOTICE.md`` and licence files.
 
-    Of a domain with projects set apart, those are used, else its test split. The choice is by a hash of the path.
-    Returns documents and bytes per domain.
+    Each is of at most ``size`` bytes. Of a domain with projects set apart, those are used, else its test split. Sources
+    take turns; which of their documents come first is decided by a hash of the path. Returns documents and bytes per
+    domain.
 
     Raises:
         BuildError: ``built`` is not a built corpus, or ``output`` exists.
@@ -53,12 +58,34 @@ def excerpts(built: Path, output: Path, size: int) -> dict[str, dict[str, int]]:
 
 def _choose(built: Path, domain: str, size: int) -> list[tuple[str, bytes]]:
     split = UNSEEN if (built / f"{domain}.{UNSEEN}.txt.xz").exists() else TEST
-    chosen, total = [], 0
+    limit = size // DOCUMENTS
+    turns: Counter[str] = Counter()
+    candidates = []
     for path, text in sorted(_documents(built, f"{domain}.{split}"), key=lambda document: rank(document[0])):
-        if len(text) * LARGEST_SHARE <= size and total + len(text) <= size:
+        source = _source_of(path)
+        beginning = text if len(text) <= limit else parts(text, max(1, limit // 2))[0]
+        if _has_short_licence(built, source) and len(beginning) <= limit:
+            candidates.append((turns[source], path, beginning))
+            turns[source] += 1
+    chosen, total = [], 0
+    for _, path, text in sorted(candidates, key=lambda candidate: candidate[0]):
+        if total + len(text) + len(END) <= size:
             chosen.append((path, text))
-            total += len(text)
+            total += len(text) + len(END)
     return sorted(chosen)
+
+
+def _source_of(path: str) -> str:
+    return "/".join(path.split("/", 2)[:2])
+
+
+def _licence_file(built: Path, source: str) -> Path:
+    return built / LICENCES / f"{source.partition('/')[2]}.txt"
+
+
+def _has_short_licence(built: Path, source: str) -> bool:
+    path = _licence_file(built, source)
+    return path.exists() and path.stat().st_size <= LONGEST_LICENCE
 
 
 def _documents(built: Path, name: str) -> Iterator[tuple[str, bytes]]:
@@ -74,18 +101,18 @@ def _write_notice(
     lines = [
         "# Where the excerpts come from",
         "",
-        "Whole documents for evaluation, as `rheostat data build` cleaned and `rheostat data excerpts` chose them.",
+        "Documents for evaluation, or their beginnings, as `rheostat data build` cleaned and `rheostat data excerpts`",
+        "chose them.",
         f"Each remains under the licence of its package, which is in `{LICENCES}/` as the package ships it.",
     ]
     sources = {f"{source['group']}/{source['name']}": source for source in manifest["sources"]}
     for domain, documents in chosen.items():
         lines += ["", f"## {domain}", "", "| package | version | licence | document |", "|---|---|---|---|"]
         for path, _ in documents:
-            source = sources["/".join(path.split("/", 2)[:2])]
-            name = path.split("/", 2)[2]
+            source = sources[_source_of(path)]
+            name = path.removeprefix(f"{_source_of(path)}/")
             lines.append(f"| {source['name']} | {source['version']} | {source['licence']} | `{name}` |")
-            licence = built / LICENCES / f"{source['name']}.txt"
-            if licence.exists():
-                (output / LICENCES).mkdir(exist_ok=True)
-                shutil.copyfile(licence, output / LICENCES / licence.name)
+            licence = _licence_file(built, _source_of(path))
+            (output / LICENCES).mkdir(exist_ok=True)
+            shutil.copyfile(licence, output / LICENCES / licence.name)
     (output / "NOTICE.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,7 +1,10 @@
+import json
+
 import pytest
 
 from model.corpus.errors import BuildError
-from model.corpus.excerpts import excerpts
+from model.corpus.excerpts import LONGEST_LICENCE, excerpts
+from model.corpus.write import CorpusWriter
 from model.training.data import read_documents
 from tests.model.corpus.test_build import WHEELS, made
 
@@ -12,20 +15,54 @@ def built(tmp_path):
     return tmp_path / "out"
 
 
-def test_excerpts_are_whole_documents_that_no_model_was_trained_on(built, tmp_path):
-    size = len(WHEELS["attrs", "1"]["attrs/module_0.py"])
-    figures = excerpts(built, tmp_path / "excerpts", 4 * size + 2)
+SIZE = len(WHEELS["attrs", "1"]["attrs/module_0.py"])
+
+
+def test_excerpts_are_of_what_no_model_was_trained_on(built, tmp_path):
+    figures = excerpts(built, tmp_path / "excerpts", 9 * SIZE)
     documents = read_documents(tmp_path / "excerpts" / "code.txt.xz")
     assert documents == [WHEELS["attrs", "1"][f"attrs/module_{number}.py"] for number in range(3)]
     assert figures["code"] == {"documents": 3, "bytes": sum(map(len, documents)) + 3}
-    assert read_documents(tmp_path / "excerpts" / "code.txt.xz")
 
 
-def test_excerpts_keep_to_their_size(built, tmp_path):
-    size = len(WHEELS["attrs", "1"]["attrs/module_0.py"])
-    figures = excerpts(built, tmp_path / "excerpts", 4 * size)
-    assert figures["code"]["documents"] == 3
-    assert excerpts(built, tmp_path / "smaller", 3 * size)["code"]["documents"] == 0
+def test_long_documents_are_cut_and_the_whole_keeps_to_its_size(built, tmp_path):
+    figures = excerpts(built, tmp_path / "excerpts", 4 * SIZE)
+    documents = read_documents(tmp_path / "excerpts" / "code.txt.xz")
+    assert len(documents) == 3
+    for number, document in enumerate(documents):
+        assert SIZE // 4 <= len(document) < SIZE // 2
+        assert WHEELS["attrs", "1"][f"attrs/module_{number}.py"].startswith(document)
+    assert all(figure["bytes"] <= 4 * SIZE for figure in figures.values())
+
+
+def corpus_by_hand(folder, licences):
+    """Twenty documents of 100 bytes of ``group/many``, two of each other source, and their licence files."""
+    folder.mkdir()
+    with CorpusWriter(folder) as writer:
+        for name in licences:
+            for number in range(20 if name == "many" else 2):
+                path = f"group/{name}/document-{number}"
+                writer.add("prose", "test", path, f"{path:<98}.\n".encode())
+    sources = [{"group": "group", "name": name, "version": "1", "licence": "MIT"} for name in licences]
+    (folder / "manifest.json").write_text(json.dumps({"domains": {"prose": {}}, "sources": sources}))
+    (folder / "licences").mkdir()
+    for name, size in licences.items():
+        if size is not None:
+            (folder / "licences" / f"{name}.txt").write_text("x" * size)
+    return folder
+
+
+def test_sources_take_turns(tmp_path):
+    built = corpus_by_hand(tmp_path / "built", {"few": 10, "many": 10})
+    assert excerpts(built, tmp_path / "excerpts", 808)["prose"] == {"documents": 8, "bytes": 808}
+    names = [text.split(b"/")[1] for text in read_documents(tmp_path / "excerpts" / "prose.txt.xz")]
+    assert names == [b"few"] * 2 + [b"many"] * 6
+
+
+def test_sources_whose_licence_is_missing_or_too_long_to_ship_are_passed_over(tmp_path):
+    built = corpus_by_hand(tmp_path / "built", {"long": LONGEST_LICENCE + 1, "missing": None, "short": LONGEST_LICENCE})
+    assert excerpts(built, tmp_path / "excerpts", 10_000)["prose"]["documents"] == 2
+    assert [path.name for path in (tmp_path / "excerpts" / "licences").iterdir()] == ["short.txt"]
 
 
 def test_the_notice_names_every_document_and_the_licences_are_there(built, tmp_path):
