@@ -184,7 +184,7 @@ def _write_licences(folder: Path, source: Source, reading: Reading) -> None:
     if reading.licences:
         folder.mkdir(exist_ok=True)
         texts = [f"== {name}\n\n".encode() + text.rstrip() + b"\n" for name, text in reading.licences.items()]
-        (folder / f"{source.name}.txt").write_bytes(b"\n".join(texts))
+        (folder / f"{Path(source.path).name}.txt").write_bytes(b"\n".join(texts))
 
 
 def _manifest(
@@ -217,7 +217,7 @@ def _source_figures(account: _Account) -> dict[str, Any]:
     expected = source.pin.sha256
     return {
         "name": source.name,
-        "group": source.group_name,
+        "path": source.path,
         "domain": source.group.domain,
         "kind": source.group.kind,
         "licence": source.pin.licence,

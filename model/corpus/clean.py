@@ -7,11 +7,13 @@ import re
 from model.corpus.recipe import Domain
 
 _CONTROL = bytes(set(range(32)) - set(b"\t\n\f")) + b"\x7f"
-_NON_ASCII = bytes(range(128, 256))
+_CONTINUATION = bytes(range(0x80, 0xC0))
+_NON_ASCII = bytes(range(0xC0, 0x100))  # each begins a character of several bytes
 _DIGITS = b"0123456789"
 _LETTERS = bytes(range(65, 91)) + bytes(range(97, 123)) + b" \t\n\f"
 _GENERATED = re.compile(
-    rb"@generated|do not (edit|modify)|auto(matically)?[ -]?generated|generated (by|from|with) |machine[ -]generated",
+    rb"@generated|do not (edit|modify)|auto(matically)?[ -]?generated|machine[ -]generated|"
+    rb"(file|module|code|is|was|been) generated (by|from|with|using)",
     re.IGNORECASE,
 )
 _HEAD = 1000
@@ -39,7 +41,7 @@ def reason_to_drop(text: bytes, domain: Domain) -> str | None:
         return "control_characters"
     if max(map(len, text.split(b"\n"))) > domain.max_line:
         return "long_line"
-    if _share(text, _NON_ASCII) > domain.max_non_ascii:
+    if _share(text.translate(None, _CONTINUATION), _NON_ASCII) > domain.max_non_ascii:
         return "non_ascii"
     if _share(text, _DIGITS) > domain.max_digits:
         return "digits"

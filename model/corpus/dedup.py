@@ -9,8 +9,8 @@ from model.corpus.recipe import Domain
 
 PARAGRAPH_BYTES = 40
 """Shorter paragraphs may repeat: headings, options, prompts."""
-LINE_BYTES = 20
-"""Shorter lines say nothing about where a file comes from."""
+LINE_BYTES = 40
+"""Shorter lines say little about where a file comes from."""
 HEADER_BYTES = 200
 """Shorter comments at the head of a file are no licence."""
 
@@ -87,8 +87,7 @@ class Deduplicator:
         if len(text) < self.domain.min_bytes:
             return text, "repeated_header"
         lines = [line for line in map(bytes.strip, text.split(b"\n")) if len(line) >= LINE_BYTES]
-        size = sum(map(len, lines))
-        if size and sum(len(line) for line in lines if line in seen) > self.domain.max_seen * size:
+        if sum(len(line) for line in lines if line in seen) > self.domain.max_seen * len(text):
             return text, "mostly_seen"
         for line in lines:
             seen.add(line)

@@ -105,7 +105,7 @@ def _write_notice(
         "chose them.",
         f"Each remains under the licence of its package, which is in `{LICENCES}/` as the package ships it.",
     ]
-    sources = {f"{source['group']}/{source['name']}": source for source in manifest["sources"]}
+    sources = {source["path"]: source for source in manifest["sources"]}
     for domain, documents in chosen.items():
         lines += ["", f"## {domain}", "", "| package | version | licence | document |", "|---|---|---|---|"]
         for path, _ in documents:

@@ -26,6 +26,7 @@ _NAVIGATION = re.compile(
     r"^(nav|navbar|navheader|navfooter|navigation|side-?bar\w*|sphinxsidebar|leftnav|toc|toc_?container|related|"
     r"breadcrumbs?|footer|header|headerlink|anchor|mark|skip-?to\w*|search\w*|sub|menu\w*|nosearch|fancy_?toc|"
     r"fancy-toc\d|toctree-wrapper|srclink|src|test-arrow|out-of-band|collapse-toggle|picker\w*|pickers|column2|"
+    r"(trait|synthetic|blanket|foreign)-implementations(-list)?|implementors(-list)?|changelog|api_metadata|"
     r"gtoc|clear|user-?links?|nav-\w+|mobile-\w+|theme-?\w*|hideme|since|rightside)$",
     re.IGNORECASE,
 )

@@ -20,7 +20,7 @@ Kind = Literal["pypi", "debian"]
 
 
 class Domain(StrictModel):
-    """One kind of text, and what is dropped from it. Shares are of a document's bytes."""
+    """One kind of text, and what is dropped from it. Sizes and shares are of a document's bytes where not said."""
 
     splits: bool = True
     """Whether documents are split into train, valid and test; otherwise all are test."""
@@ -32,11 +32,12 @@ class Domain(StrictModel):
     max_line: int = Field(default=1500, ge=1)
     """Longest line, in bytes."""
     max_non_ascii: float = Field(default=0.03, ge=0, le=1)
+    """Greatest share of a document's characters."""
     max_digits: float = Field(default=0.15, ge=0, le=1)
     min_letters: float = Field(default=0.5, ge=0, le=1)
     """Least share of ASCII letters and white space."""
     max_seen: float = Field(default=0.4, ge=0, le=1)
-    """Share of a document's bytes, in lines seen before, above which it is dropped (``repeats = "lines"``)."""
+    """Share of a document's bytes, in long lines seen before, above which it is dropped (``repeats = "lines"``)."""
     max_source_bytes: int = Field(default=14_000_000, ge=1)
     """What one source may contribute; which documents stay is decided by a hash of their path."""
     part_bytes: int | None = Field(default=None, ge=1024)
@@ -115,8 +116,8 @@ class Source:
 
     @property
     def path(self) -> str:
-        """Under which the source's documents are known: ``group/package``."""
-        return f"{self.group_name}/{self.name}"
+        """Under which the source's documents are known: ``group/package``, a wheel's as its file name spells it."""
+        return f"{self.group_name}/{self.name.replace('-', '_') if self.group.kind == 'pypi' else self.name}"
 
     def wants(self, path: str) -> bool:
         """Whether a file of the package is of the kind that is read."""

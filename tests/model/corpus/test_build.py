@@ -15,7 +15,7 @@ from tests.model.corpus.packages import Registry, needs_dpkg
 
 def module_text(seed, count=12):
     return "".join(
-        f"def function_{seed}_{number}(argument):\n    return argument + value_{seed}_{number}\n"
+        f"def function_{seed}_{number}(argument):\n    return argument + value_{seed}_{number} + something\n"
         for number in range(count)
     ).encode()
 

@@ -9,7 +9,10 @@ def words(start, count=12):
 
 
 def lines(start, count=20):
-    return b"\n".join(b"the value of line number %d" % number for number in range(start, start + count)) + b"\n"
+    return (
+        b"\n".join(b"    the value of what is in the line number %d" % number for number in range(start, start + count))
+        + b"\n"
+    )
 
 
 @pytest.mark.parametrize("repeats", ["documents", "paragraphs", "lines"])
@@ -51,7 +54,7 @@ def test_a_document_of_repeated_paragraphs_is_dropped_and_leaves_no_trace():
 
 
 @pytest.mark.parametrize(("repeated", "reason"), [(8, None), (9, "mostly_seen")])
-def test_code_is_dropped_when_more_than_two_fifths_of_its_lines_were_seen(repeated, reason):
+def test_code_is_dropped_when_more_than_two_fifths_of_it_was_seen(repeated, reason):
     seen = Deduplicator(Domain(repeats="lines"))
     seen.reduce(lines(10_000))
     text = lines(10_000, repeated) + lines(20_000, 20 - repeated)

@@ -43,7 +43,7 @@ def corpus_by_hand(folder, licences):
             for number in range(20 if name == "many" else 2):
                 path = f"group/{name}/document-{number}"
                 writer.add("prose", "test", path, f"{path:<98}.\n".encode())
-    sources = [{"group": "group", "name": name, "version": "1", "licence": "MIT"} for name in licences]
+    sources = [{"path": f"group/{name}", "name": name, "version": "1", "licence": "MIT"} for name in licences]
     (folder / "manifest.json").write_text(json.dumps({"domains": {"prose": {}}, "sources": sources}))
     (folder / "licences").mkdir()
     for name, size in licences.items():

@@ -35,6 +35,14 @@ def test_html_keeps_what_is_read_and_drops_what_leads_elsewhere():
     )
 
 
+@pytest.mark.parametrize("name", ["toc", "navheader", "sphinxsidebar", "related", "implementors-list", "changelog"])
+def test_html_drops_parts_by_class_and_by_id(name):
+    for attribute in ("class", "id"):
+        page = f"<body><p>Kept.</p><div {attribute}='first {name}'><p>Dropped.</p></div>Kept too.</body>"
+        assert html_text(page.encode()) == "Kept.\n\nKept too.\n"
+    assert html_text(f"<p class='my-{name}-s'>Kept.</p>".encode()) == "Kept.\n"
+
+
 def test_html_wraps_prose_and_nothing_else():
     words = "word " * 60
     text = html_text(f"<p>{words}</p><pre>{words}</pre><li>{words}</li>".encode())

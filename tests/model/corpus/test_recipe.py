@@ -57,6 +57,14 @@ def test_a_bad_recipe_is_refused_by_the_name_of_its_fault(load, old, new, said):
         load(MINIMAL.replace(old, new))
 
 
+def test_the_path_of_a_source_is_spelled_as_its_archive(load):
+    paths = {
+        kind: load(MINIMAL.replace("one =", "one-two =").replace("pypi", kind)).sources()[0].path
+        for kind in ("pypi", "debian")
+    }
+    assert paths == {"pypi": "wheels/one_two", "debian": "wheels/one-two"}
+
+
 def test_an_unknown_domain_is_refused(load):
     with pytest.raises(BuildError, match="no domain music, it has code"):
         load(MINIMAL).sources(["code", "music"])
