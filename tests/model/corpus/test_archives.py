@@ -32,7 +32,7 @@ def test_a_damaged_wheel(tmp_path):
 
 
 @needs_dpkg
-@pytest.mark.parametrize("size", [0, 50, 500])
+@pytest.mark.parametrize("size", [0, 50, 500, -6])
 def test_a_damaged_debian_package(tmp_path, size):
     path = write_deb(tmp_path / "x.deb", FILES)
     path.write_bytes(path.read_bytes()[:size])

@@ -144,6 +144,25 @@ def test_the_manifest_says_why_documents_are_missing(built):
     assert zeta["bytes"]["found"] == found
 
 
+def test_bytes_taken_out_of_kept_documents_are_counted(tmp_path):
+    repeated = b"A paragraph that two documents have, and that only the first one keeps.\n"
+    words = [b" ".join(b"word%d" % number for number in range(start, start + 40)) + b"\n" for start in (100, 200)]
+    files = {
+        "gamma/a.txt": (repeated + b"\n" + words[0]).replace(b"\n", b"\r\n"),
+        "gamma/b.txt": repeated + b"\n" + words[1],
+    }
+    domain = {"repeats": "paragraphs", "max_digits": 1.0}
+    group = {"domain": "prose", "kind": "pypi", "include": ("*.txt",), "sources": pins("gamma")}
+    recipe = Recipe.model_validate({"domain": {"prose": domain}, "group": {"texts": group}})
+    figures = made(tmp_path, recipe, Registry({("gamma", "1"): files}))["domains"]["prose"]
+    assert figures["documents"] == {"found": 2, "kept": 2, "dropped": {}}
+    assert figures["bytes"] == {
+        "found": sum(map(len, files.values())),
+        "kept": len(repeated) + 1 + len(words[0]) + len(words[1]),
+        "dropped": {"line_ends": 3, "trimmed_repeats": len(repeated) + 1},
+    }
+
+
 def test_the_licences_of_the_packages_come_along(built):
     folder, _ = built
     assert "Licence of attrs" in (folder / "out" / "licences" / "attrs.txt").read_text()
