@@ -129,7 +129,10 @@ class Fetcher:
             if result.returncode == 0:
                 return
         said = [line for line in result.stderr.splitlines() if line.strip()]
-        raise BuildError(f"cannot fetch {source.name} {source.pin.version}: {said[-1] if said else 'no reason given'}")
+        raise BuildError(
+            f"cannot fetch {source.name} {source.pin.version}: {said[-1] if said else 'no reason given'} "
+            "(is the package index reachable, and does it hold this version? what was fetched so far is kept)"
+        )
 
 
 def _only_file(folder: Path) -> Path:
