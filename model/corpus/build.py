@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -86,7 +87,8 @@ def _available(sources: list[Source]) -> tuple[list[Source], list[Source]]:
     kept = [source for source in sources if source not in left_out]
     if left_out:
         names = ", ".join(source.name for source in left_out)
-        tqdm.write(f"{' and '.join(missing)} not found: {len(left_out)} Debian packages are left out: {names}")
+        said = f"{' and '.join(missing)} not found: {len(left_out)} Debian packages are left out: {names}"
+        tqdm.write(said, file=sys.stderr)
     empty = {source.group.domain for source in left_out} - {source.group.domain for source in kept}
     if empty:
         chosen = sorted({source.group.domain for source in kept})

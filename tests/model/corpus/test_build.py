@@ -229,7 +229,7 @@ def test_without_the_debian_tools_their_packages_are_left_out_by_name(tmp_path, 
     monkeypatch.setattr(module, "missing_debian_tools", lambda: ["apt-get"])
     manifest = made(tmp_path, debian_recipe())
     assert manifest["left_out"] == ["debs/omega"]
-    assert "apt-get not found: 1 Debian packages are left out: omega" in capsys.readouterr().out
+    assert "apt-get not found: 1 Debian packages are left out: omega" in capsys.readouterr().err
     assert "code.train" in manifest["files"]
 
 

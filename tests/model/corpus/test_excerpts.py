@@ -1,9 +1,12 @@
 import json
+from pathlib import Path
 
 import pytest
 
+import model.evaluation
 from model.corpus.errors import BuildError
 from model.corpus.excerpts import LONGEST_LICENCE, excerpts
+from model.corpus.recipe import load_recipe
 from model.corpus.write import CorpusWriter
 from model.training.data import read_documents
 from tests.model.corpus.test_build import WHEELS, made
@@ -80,3 +83,25 @@ def test_what_is_not_a_corpus_is_refused_and_nothing_is_overwritten(built, tmp_p
         excerpts(tmp_path, tmp_path / "excerpts", 1000)
     with pytest.raises(BuildError, match="exists"):
         excerpts(built, built, 1000)
+
+
+SHIPPED = Path(model.evaluation.__file__).with_name("excerpts")
+
+
+@pytest.mark.parametrize("domain", list(load_recipe().domain))
+def test_an_excerpt_of_each_domain_is_shipped(domain):
+    documents = read_documents(SHIPPED / f"{domain}.txt.xz")
+    assert len(documents) >= 8
+    assert 30_000 <= sum(map(len, documents)) <= 40_000
+    limits = load_recipe().domain[domain]
+    assert all(max(map(len, document.split(b"\n"))) <= limits.max_line for document in documents)
+
+
+def test_the_shipped_notice_names_only_packages_of_the_recipe_and_their_licences_are_shipped():
+    rows = [line.split(" | ") for line in (SHIPPED / "NOTICE.md").read_text().splitlines() if line.endswith("` |")]
+    named = {row[0].removeprefix("| ") for row in rows}
+    assert len(rows) == sum(len(read_documents(path)) for path in SHIPPED.glob("*.txt.xz"))
+    sources = {source.name: source for source in load_recipe().sources()}
+    assert named <= set(sources)
+    shipped = {path.stem for path in (SHIPPED / "licences").iterdir()}
+    assert shipped == {Path(sources[name].path).name for name in named}
