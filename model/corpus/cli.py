@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from model.corpus.build import Build, build
+from model.corpus.errors import BuildError
 from model.corpus.excerpts import excerpts
 from model.corpus.recipe import DEFAULT_RECIPE, load_recipe
 
@@ -53,7 +54,11 @@ def _default_cache() -> Path:
 
 def _run_build(arguments: argparse.Namespace) -> int:
     settings = Build(arguments.output, arguments.cache, arguments.only, arguments.jobs)
-    manifest = build(settings, load_recipe(arguments.recipe))
+    recipe = load_recipe(arguments.recipe)
+    try:
+        manifest = build(settings, recipe)
+    except OSError as error:
+        raise BuildError(f"cannot build {arguments.output}: {error}") from error
     print(f"{'split':<24}  {'documents':>9}  {'bytes':>13}")
     for name, figures in manifest["files"].items():
         print(f"{name:<24}  {figures['documents']:>9,}  {figures['bytes']:>13,}")
