@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from model.convert import add_convert_arguments, run_convert
+from model.corpus.cli import add_data_arguments, run_data
 from model.evaluation.cli import add_evaluate_arguments, run_evaluate
 from model.training.cli import add_train_arguments, run_train
 from model.training.plot import add_plot_arguments, run_plot
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command("serve", "Serve a checkpoint over HTTP.", _add_serve_arguments, _run_serve)
     command("generate", "Generate text in the terminal.", add_generate_arguments, run_generate)
+    command("data", "Build training and evaluation text.", add_data_arguments, run_data)
     command("train", "Train a model, or go on with a run.", add_train_arguments, run_train)
     command("plot-training", "Draw the curves of runs side by side.", add_plot_arguments, run_plot)
     command("evaluate", "Bits per byte and compute on documents, per budget.", add_evaluate_arguments, run_evaluate)
