@@ -149,7 +149,8 @@ class _GateNorm(torch.autograd.Function):
         *values, eps = inputs
         saved = [value.contiguous() for value in values]
         out = torch.empty_like(saved[0])
-        _gate(*_arrays(*saved), eps, out.numpy())
+        arguments = [*_arrays(*saved), eps, out.numpy()]
+        _gate(*arguments)
         ctx.save_for_backward(*saved)
         ctx.eps = eps
         return out
@@ -159,7 +160,9 @@ class _GateNorm(torch.autograd.Function):
         saved = ctx.saved_tensors
         by_rows = [torch.empty_like(value) for value in saved[:3]]
         by_channels = [torch.zeros_like(value) for value in saved[3:]]
-        _gate_gradient(*_arrays(*saved), ctx.eps, *_arrays(gradients[0].contiguous(), *by_rows, *by_channels))
+        written = _arrays(gradients[0].contiguous(), *by_rows, *by_channels)
+        arguments = [*_arrays(*saved), ctx.eps, *written]
+        _gate_gradient(*arguments)
         return (*by_rows, *by_channels, None)
 
 

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 _FAINT = 80.0
 """Decays under exp(-80) count as that, which is the least that fp32 holds with room for products."""
 
