@@ -78,7 +78,7 @@ MUTATIONS = (
     ),
     Mutation(
         "pass: a short piece keeps the oldest inputs of the convolution", MIXER,
-        "conv_state = window[:, window.shape[1] - taps :]", "conv_state = window[:, :taps]", (READING,),
+        "conv_state = window[:, window.shape[1] - kept :]", "conv_state = window[:, :kept]", (READING,),
     ),
     Mutation(
         "tile pooled over its past instead of selected", SYSTEM,
@@ -90,8 +90,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a decision sees the next byte", RULE,
-        "density[t], staleness, rate, log_threshold, spread, last_fire",
-        "density[min(t + 1, length - 1)], staleness, rate, log_threshold, spread, last_fire", (CAUSAL, STEPS),
+        "density[t],",
+        "density[min(t + 1, length - 1)],", (CAUSAL, STEPS),
     ),
     Mutation(
         "compiled: limits of dt ignored", LOOPS,
@@ -159,6 +159,15 @@ MUTATIONS = (
     Mutation(
         "stepping neglects that a running stretch goes on more easily", "model/adaptive/controller.py",
         "torch.where(running, -inertia, inertia)", "torch.where(running, inertia, inertia)", (READING,),
+    ),
+    Mutation(
+        "compiled: the learned feature reads an output that is not normalised", "model/ops/features.py",
+        "dot = dot * scale + inner_bias[unit]", "dot = dot + inner_bias[unit]",
+        ("tests/model/ops/test_compiled_rows.py",),
+    ),
+    Mutation(
+        "fused: no gradient through the size that the gated norm divides by", "model/ops/fused.py",
+        " - gated[c] * shrink", "", ("tests/model/ops/test_fused.py",),
     ),
     Mutation(
         "operations of the density not billed", "model/cost.py",
