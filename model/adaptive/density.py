@@ -82,7 +82,7 @@ class InformationDensityAnalyzer(nn.Module):
     def _standard(self, features: Tensor) -> Tensor:
         return (features - self.mean) / self.std
 
-    def _learned(self, features: Tensor, hidden: Tensor) -> Tensor:
+    def learned(self, features: Tensor, hidden: Tensor) -> Tensor:
         """``features`` [..., 4] with the learned one behind them [..., 5], from encoder outputs [..., d_model]."""
         normal = F.rms_norm(hidden, hidden.shape[-1:], eps=self.norm_eps)
         inner = F.linear(torch.cat([normal, self._standard(features)], -1), self.inner, self.inner_bias)
@@ -133,7 +133,7 @@ class InformationDensityAnalyzer(nn.Module):
         entropy, distance, after = self._attention(trace, state)
         features = torch.stack([state_gradient(trace, self.chunk_size), entropy, distance,
                                 predictive_entropy(exit_logits)], dim=-1)  # fmt: skip
-        return self._learned(features, hidden), after
+        return self.learned(features, hidden), after
 
     @torch.no_grad()
     def step(
@@ -155,7 +155,7 @@ class InformationDensityAnalyzer(nn.Module):
         entropy, distance = self._summarise(scores, past, after.seen)
         gradient = trace.change.sqrt().log1p().to(entropy.dtype)
         features = torch.stack([gradient, entropy, distance, predictive_entropy(exit_logits)], dim=-1)
-        return self._learned(features, hidden), after
+        return self.learned(features, hidden), after
 
     def step_rows(
         self, hidden: Singles, exit_logits: Singles, trace: tuple[Any, ...], state: DensityState, rows: Integers

@@ -51,6 +51,9 @@ class TrainingConfig(StrictModel):
     """Weight of the early exit's loss."""
     lambda_info: float = Field(default=0.1, ge=0)
     """Weight of what keeps information: divergence from full resolution, and the density's regression."""
+    foresight: int = Field(default=64, ge=1, le=1 << 12)
+    """Bytes ahead, this one included, over which the density learns what the trunk is worth: where it fires in
+    stretches, a stretch decides, not a byte."""
     lambda_compute: float = Field(default=1.0, ge=0)
     """Weight of the squared difference between a text's expected compute and its budget."""
     checkpointing: bool = False

@@ -60,7 +60,7 @@ def compute_loss(
     task = weight * full.mean() + (1.0 - weight) * cost.mean() + config.exit_weight * exit_loss
     floor = cost.detach() if reduced.rate == 0 else _floor_cost(model, encoded, targets)
     information = divergence(logits, full_logits) + density_regression(
-        model, density, floor - full.detach(), cost.detach() - full.detach(), fires
+        model, density, mean_ahead(floor - full.detach(), config.foresight), cost.detach() - full.detach(), fires
     )
     loss.total = task + config.lambda_info * information
     if config.lambda_compute > 0.0 and model.cost.analysed(reduced.rate) and not reduced.uniform:
@@ -124,13 +124,22 @@ def density_regression(
     nothing there, and an order that was once wrong would stay. The staleness learns from what being stale did cost.
 
     Args:
-        density: [B, L] bits, differentiable. worth: [B, L] nats that full resolution saves over none.
+        density: [B, L] bits, differentiable. worth: [B, L] nats that full resolution saves over none, a mean over the
+            bytes that the density is to foresee.
         stale_cost: [B, L] nats lost by the reduced pass. fires: [B, L] bool, of the reduced pass.
     """
     position = torch.arange(1, fires.shape[1] + 1, device=fires.device)
     age = position - torch.where(fires, position, 0).cummax(1).values
     stale = density.detach() * model.tiles.staleness(age)
     return (density - _clamped_bits(worth)).square().mean() + (stale - _clamped_bits(stale_cost)).square().mean()
+
+
+def mean_ahead(values: Tensor, count: int) -> Tensor:
+    """Mean of values [B, L] over each position and those after it, ``count`` in all or as many as there are."""
+    sums = F.pad(values.double().cumsum(1), (1, 0))
+    start = torch.arange(values.shape[1], device=values.device)
+    end = (start + count).clamp_max(values.shape[1])
+    return ((sums[:, end] - sums[:, start]) / (end - start)).to(values.dtype)
 
 
 def _clamped_bits(nats: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from model.training.config import TrainingConfig
 from model.training.expected import expected_rates
 from model.training.firing import Reduced
-from model.training.loss import compute_error, compute_loss
+from model.training.loss import compute_error, compute_loss, density_regression, mean_ahead
 from model.training.optimizer import AdaptiveOptimizer
 from tests.model.shapes import random_model, random_tokens
 
@@ -53,6 +53,29 @@ def test_a_text_that_differs_from_its_batch_has_a_compute_error_and_equal_texts_
     unequal = compute_error(model, density * torch.tensor([[0.2], [1.0], [5.0]]), 0.3).item()
     share = model.cost.unit.trunk / model.cost.full_flops(1, 1)
     assert 0.01 * share**2 < unequal < share**2
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_the_worth_ahead_is_a_mean_over_the_bytes_that_are_left(count: int) -> None:
+    values = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([values[:, t : t + count].mean(1) for t in range(9)], 1)
+    torch.testing.assert_close(mean_ahead(values, count), expected, atol=1e-6, rtol=0)
+
+
+def test_the_density_learns_what_the_trunk_is_worth_where_it_always_fires() -> None:
+    model = random_model().requires_grad_(True).train()
+    hidden = torch.randn(1, 200, model.config.d_model, generator=torch.Generator().manual_seed(0))
+    worth = (hidden[..., 0] > 0.0).float() * math.log(2.0)  # a bit, where the output's first channel says so
+    fires = torch.ones(1, 200, dtype=torch.bool)
+    measured = torch.zeros(1, 200, 4)
+    optimizer = torch.optim.Adam(model.density.parameters(), lr=0.02)
+    for _ in range(300):
+        optimizer.zero_grad()
+        density = model.density.combine(model.density.learned(measured, hidden))
+        density_regression(model, density, worth, torch.zeros_like(worth), fires).backward()
+        optimizer.step()
+    assert density[worth > 0.0].min() > 0.5
+    assert density[worth == 0.0].max() < 0.5
 
 
 def test_the_compute_term_moves_the_weights_of_the_density_so_that_texts_agree() -> None:
