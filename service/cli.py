@@ -15,6 +15,7 @@ from model.convert import add_convert_arguments, run_convert
 from model.corpus.cli import add_data_arguments, run_data
 from model.evaluation.cli import add_evaluate_arguments, run_evaluate
 from model.training.cli import add_train_arguments, run_train
+from model.training.density import add_fit_arguments, run_fit
 from model.training.plot import add_plot_arguments, run_plot
 from service.generate import add_generate_arguments, run_generate
 from service.settings import ENVIRONMENT_PREFIX, Settings, setting_options
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     command("generate", "Generate text in the terminal.", add_generate_arguments, run_generate)
     command("data", "Build training and evaluation text.", add_data_arguments, run_data)
     command("train", "Train a model, or go on with a run.", add_train_arguments, run_train)
+    command("fit-density", "Fit a checkpoint's density anew.", add_fit_arguments, run_fit)
     command("plot-training", "Draw the curves of runs side by side.", add_plot_arguments, run_plot)
     command("evaluate", "Bits per byte and compute on documents, per budget.", add_evaluate_arguments, run_evaluate)
     command("convert", "Make a checkpoint from a Hugging Face Mamba-2 folder.", add_convert_arguments, run_convert)

@@ -37,7 +37,9 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     over = parser.add_argument_group("over the recipe", "Each wins over what the recipe says.")
     over.add_argument("--shape", type=_shape, default={}, help="of [model], such as d_model=128,trunk_layers=6")
     over.add_argument(
-        "--weights", type=_weights, help=f"of [data], sampling weights such as code=0.55,prose=0.45, or {BY_SIZE}"
+        "--weights",
+        type=sampling_weights,
+        help=f"of [data], sampling weights such as code=0.55,prose=0.45, or {BY_SIZE}",
     )
     for name, field in TrainingConfig.model_fields.items():
         over.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **_option(field))
@@ -91,7 +93,8 @@ def _pairs(text: str) -> list[tuple[str, str]]:
     return [(name, value) for name, _, value in pairs]
 
 
-def _weights(text: str) -> dict[str, float]:
+def sampling_weights(text: str) -> dict[str, float]:
+    """Sampling weight by domain, from ``name=value,name=value``; empty for weights by size."""
     return {} if text == BY_SIZE else {name: float(value) for name, value in _pairs(text)}
 
 

@@ -131,7 +131,7 @@ def density_regression(
     position = torch.arange(1, fires.shape[1] + 1, device=fires.device)
     age = position - torch.where(fires, position, 0).cummax(1).values
     stale = density.detach() * model.tiles.staleness(age)
-    return (density - _clamped_bits(worth)).square().mean() + (stale - _clamped_bits(stale_cost)).square().mean()
+    return (density - clamped_bits(worth)).square().mean() + (stale - clamped_bits(stale_cost)).square().mean()
 
 
 def mean_ahead(values: Tensor, count: int) -> Tensor:
@@ -142,5 +142,6 @@ def mean_ahead(values: Tensor, count: int) -> Tensor:
     return ((sums[:, end] - sums[:, start]) / (end - start)).to(values.dtype)
 
 
-def _clamped_bits(nats: Tensor) -> Tensor:
+def clamped_bits(nats: Tensor) -> Tensor:
+    """Costs in bits, bounded: a single byte may cost any number."""
     return (nats / math.log(2.0)).clamp(-8.0, 8.0)

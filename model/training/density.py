@@ -1,0 +1,146 @@
+"""``rheostat fit-density``: the density alone, fitted to what a trained model's trunk is worth.
+
+Reading a megabyte takes minutes, training on it for as long as the rest of the model needs takes hours: so another
+shape of the density, or a checkpoint that was trained without it, needs no new training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model.checkpoint import load_checkpoint, read_config, save_checkpoint
+from model.config import ModelConfig
+from model.device import choose_device, set_threads
+from model.lm import AdaptiveAttentionSystem
+from model.training.calibration import calibrate
+from model.training.cli import sampling_weights
+from model.training.data import Corpus
+from model.training.loss import clamped_bits, cross_entropy, mean_ahead
+
+READ = 16
+"""Sequences read at once."""
+POSITIONS = 2048
+"""Positions of one step of the fit."""
+EPOCHS = 4
+RATE = 3e-3
+"""Learning rate at the first step; it falls in a straight line."""
+
+
+def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command on ``parser``."""
+    parser.add_argument("corpus", type=Path, help="folder of <domain>.<train|valid>.txt[.xz], documents end in NUL")
+    parser.add_argument("--initial", type=Path, required=True, help="checkpoint whose density is fitted anew")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the new checkpoint")
+    parser.add_argument(
+        "--weights", type=sampling_weights, help="sampling weights such as code=0.55,prose=0.45; by size"
+    )
+    parser.add_argument("--units", type=int, default=64, help="hidden units of the learned feature")
+    parser.add_argument("--window", type=int, default=16, help="bytes over which the density is averaged")
+    parser.add_argument(
+        "--foresight", type=int, default=64, help="bytes ahead over which the trunk's worth is averaged"
+    )
+    parser.add_argument("--sequences", type=int, default=512, help="sequences read")
+    parser.add_argument("--length", type=int, default=2048, help="bytes of each")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--threads", type=int, help="CPU threads")
+
+
+def run_fit(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    set_threads(arguments.threads)
+    config = read_config(arguments.initial)
+    source = load_checkpoint(arguments.initial, choose_device(arguments.device))
+    change = {"density_hidden": arguments.units, "window_size": arguments.window}
+    torch.manual_seed(arguments.seed)
+    model = with_density(source, ModelConfig.model_validate(source.config.model_dump() | change))
+    weights = arguments.weights or None
+    text, held_out = (Corpus.open(arguments.corpus, split, weights) for split in ("train", "valid"))
+    count = max(1, arguments.sequences // READ)
+    evidence = []
+    for step in tqdm(range(count), desc="reading", unit="batch"):
+        tokens = text.batch(arguments.seed, step, READ, arguments.length).to(model.device)
+        evidence.append(read_evidence(model, tokens, arguments.foresight))
+    fit_density(model, evidence)
+    calibrate(model, held_out.batch(0, 0, READ, arguments.length)[:, :-1].to(model.device))
+    read = {"density_bytes": count * READ * arguments.length, "density_seed": arguments.seed}
+    save_checkpoint(model.requires_grad_(False), arguments.output, config.provenance | read, config.special_tokens)
+    return 0
+
+
+def with_density(source: AdaptiveAttentionSystem, shape: ModelConfig) -> AdaptiveAttentionSystem:
+    """A model of another density, but otherwise the same shape, with the weights of ``source``."""
+    model = AdaptiveAttentionSystem(shape).to(source.device).eval().requires_grad_(False)
+    given, own = source.state_dict(), model.state_dict()
+    model.load_state_dict(
+        {name: given[name] if _same(given.get(name), value) else value for name, value in own.items()}
+    )
+    return model
+
+
+def _same(given: Tensor | None, own: Tensor) -> bool:
+    return given is not None and given.shape == own.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What the density reads, and what it should say, at n positions."""
+
+    features: Tensor
+    """[n, 4] fp32, those that are measured."""
+    hidden: Tensor
+    """[n, d_model] fp16, to spare memory: the encoder's outputs."""
+    worth: Tensor
+    """[n] bits that full resolution saves over none, a mean over the bytes ahead."""
+
+
+@torch.no_grad()
+def read_evidence(model: AdaptiveAttentionSystem, tokens: Tensor, foresight: int) -> Evidence:
+    """Evidence of texts [B, L + 1]."""
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    encoded = model.encode(inputs, model.allocate_state(len(inputs)).encoder)
+    exit_logits = model.exit_head(encoded.hidden)
+    state = model.density.zero_state(len(inputs), tokens.device)
+    features, _ = model.density(encoded.hidden, exit_logits, encoded.trace, state)
+    never = torch.zeros_like(inputs, dtype=torch.bool)
+    costs = [
+        cross_entropy(model.head(model.combine(encoded.hidden, fires, model.allocate_state(len(inputs)))), targets)
+        for fires in (None, never)
+    ]
+    worth = clamped_bits(mean_ahead(costs[1] - costs[0], foresight))
+    hidden = encoded.hidden.flatten(0, 1).half()
+    return Evidence(features[..., :-1].flatten(0, 1), hidden, worth.flatten())
+
+
+def fit_density(model: AdaptiveAttentionSystem, evidence: list[Evidence]) -> float:
+    """Fit the density's weights in place to the least squared error; the mean of the last epoch, in bits²."""
+    features = torch.cat([part.features for part in evidence])
+    hidden = torch.cat([part.hidden for part in evidence])
+    worth = torch.cat([part.worth for part in evidence])
+    density = model.density
+    density.mean.copy_(features.mean(0))
+    density.std.copy_(features.std(0).clamp_min(1e-3))
+    density.requires_grad_(True)
+    torch.nn.init.normal_(density.outer, std=0.1)  # from zero the first layer would learn nothing at first
+    optimizer = torch.optim.AdamW(density.parameters(), lr=RATE, weight_decay=0.01)
+    steps, step, error = EPOCHS * math.ceil(len(worth) / POSITIONS), 0, 0.0
+    for _ in tqdm(range(EPOCHS), desc="fitting", unit="epoch"):
+        error = 0.0
+        for rows in torch.randperm(len(worth)).split(POSITIONS):
+            for group in optimizer.param_groups:
+                group["lr"] = RATE * max(0.02, 1.0 - step / steps)
+            predicted = density.combine(density.learned(features[rows], hidden[rows].float()))
+            loss = (predicted - worth[rows]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+            error += loss.item() * len(rows) / len(worth)
+    return error

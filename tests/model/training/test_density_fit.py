@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.checkpoint import load_checkpoint, read_config, save_checkpoint
+from model.training.density import Evidence, fit_density, read_evidence, with_density
+from service.cli import main
+from tests.model.shapes import SMALL, random_model, random_tokens
+
+WIDER = SMALL.model_copy(update={"density_hidden": 8, "window_size": 16})
+
+
+def test_the_fit_finds_what_the_output_says_about_the_worth() -> None:
+    torch.manual_seed(0)
+    model = random_model()
+    hidden = torch.randn(6000, SMALL.d_model)
+    worth = (hidden[:, 0] > 0.0).float()
+    parts = [Evidence(torch.randn(6000, 4), hidden.half(), worth)] * 30
+    before = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith("density.")}
+    assert fit_density(model, parts) < 0.7 * worth.var()  # a constant has the variance, six units are few
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_evidence_is_what_full_resolution_saves_over_none() -> None:
+    model, tokens = random_model(), random_tokens(2, 65)
+    found = read_evidence(model, tokens, foresight=1)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:, None]
+    never = torch.zeros_like(inputs, dtype=torch.bool)
+    logits = [model(inputs, fires) for fires in (None, never)]
+    costs = [-value.log_softmax(-1).gather(-1, targets)[..., 0] / math.log(2.0) for value in logits]
+    torch.testing.assert_close(found.worth, (costs[1] - costs[0]).clamp(-8, 8).flatten(), atol=1e-4, rtol=1e-4)
+    assert found.features.shape == (128, 4)
+    assert found.hidden.shape == (128, SMALL.d_model)
+
+
+def test_another_density_changes_nothing_at_full_budget() -> None:
+    model, tokens = random_model(), random_tokens(1, 60)
+    other = with_density(model, WIDER)
+    assert other.density.inner.shape[0] == 8
+    with torch.inference_mode():
+        assert torch.equal(other(tokens), model(tokens))
+
+
+def test_the_command_writes_a_checkpoint_that_serves(corpus: Path, tmp_path: Path) -> None:
+    save_checkpoint(random_model(), tmp_path / "old", {"bytes": 7})
+    options = ["--units", "8", "--length", "128", "--sequences", "16", "--weights", "by-size"]
+    command = ["fit-density", str(corpus), "--initial", str(tmp_path / "old"), "--output", str(tmp_path / "new")]
+    assert main([*command, *options]) == 0
+    config = read_config(tmp_path / "new")
+    assert config.model == WIDER
+    assert config.provenance == {"bytes": 7, "density_bytes": 16 * 128, "density_seed": 0}
+    thresholds = load_checkpoint(tmp_path / "new").tiles.log_thresholds
+    assert (thresholds.diff() <= 0).all()
+
+
+def test_a_missing_corpus_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_checkpoint(random_model(), tmp_path / "old")
+    command = ["fit-density", str(tmp_path), "--initial", str(tmp_path / "old"), "--output", str(tmp_path / "new")]
+    assert main(command) == 2
+    assert "train.txt" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
