@@ -49,6 +49,13 @@ def run_train(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status: 1 of a run that broke off, 128 + n of one that signal n stopped."""
     set_threads(arguments.threads)
     torch.set_flush_denormal(True)  # faint gradients cost a CPU a hundred times the time of others
+    try:
+        return _run_train(arguments)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def _run_train(arguments: argparse.Namespace) -> int:
     if arguments.initial and arguments.shape:
         raise ValueError("--shape cannot change the shape of --initial, which is the checkpoint's")
     training = {name: value for name, value in vars(arguments).items() if name in TrainingConfig.model_fields}
