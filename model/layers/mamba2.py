@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.layers.norm import SHARED_FROM, RMSNorm
+from model.layers.norm import RMSNorm
 from model.ops.fused import convolve_silu, fused, gate_norm
 from model.ops.parallel import loop_threads, share
 from model.ops.recurrent import (
@@ -24,10 +24,14 @@ from model.ops.recurrent import (
     convolve_rows,
     keep_window,
     mixer_rows,
+    norm_rows,
 )
 from model.ops.ssd import ScanTrace, StepTrace, ssd_scan, ssd_step
 from model.ops.tiling import Integers
 from model.state import BlockState, zero_block_state
+
+SHARED_FROM = 64
+"""Positions from which a pass shares its compiled loops among threads: fewer are read faster by one."""
 
 
 class VariableStateSpaceModel(nn.Module):
@@ -260,7 +264,7 @@ class VariableStateSpaceModel(nn.Module):
         before = torch.zeros(batch, chunks, *after.ssm_state.shape[1:])
         projected, mixed = self.in_proj(hidden), torch.empty(batch, length, self.conv_dim)
         steps, gated = torch.zeros(batch, length, self.heads), torch.zeros(batch, length, self.d_inner)
-        levels, scale, taps, bias, dt_bias, A_log, D, _, exponent, least_dt, most_dt, _ = self.arrays()
+        levels, scale, taps, bias, dt_bias, A_log, D, norm, exponent, least_dt, most_dt, eps = self.arrays()
         threads = loop_threads() if batch * length >= SHARED_FROM else 1
 
         inputs: list[Any] = [value.numpy() for value in (projected, columns, after.conv_state, mixed)]
@@ -273,7 +277,7 @@ class VariableStateSpaceModel(nn.Module):
         loops += [self.chunk_size, dt_bias, A_log, D, exponent, least_dt, most_dt]
         share(lambda first, last: mixer_rows(first, last, *loops), self.heads, threads)
 
-        normal = self.norm(gated)
+        normal = torch.from_numpy(norm_rows(gated.flatten(0, 1).numpy(), norm, eps)).view_as(gated)
         x, B, C = mixed.split([self.d_inner, self.d_state, self.d_state], dim=-1)
         x = x.unflatten(-1, (self.heads, self.headdim))
         trace = ScanTrace(x, steps, -torch.exp(self.A_log), B[..., :width], C[..., :width], before)

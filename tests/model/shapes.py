@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import model.layers.mamba2
-import model.layers.norm
 import model.lm
 from model.adaptive.tiling import RATES
 from model.config import ModelConfig
@@ -88,5 +87,5 @@ def encode_one(
 
 def without_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run what other devices run."""
-    for module in (model.lm, model.layers.mamba2, model.layers.norm):
+    for module in (model.lm, model.layers.mamba2):
         monkeypatch.setattr(module, "compiled", lambda _: False)
