@@ -79,9 +79,7 @@ def measure(model: AdaptiveAttentionSystem, tokens: Tensor) -> dict[str, float]:
     """What the terms are about, on held-out texts [B, L + 1]."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     encoded = model.encode(inputs, model.allocate_state(len(inputs)).encoder)
-    features, _ = model.density(
-        model.exit_head(encoded.hidden), encoded.trace, model.allocate_state(len(inputs)).density
-    )
+    features, _ = model.features(encoded, model.allocate_state(len(inputs)).density)
     density = model.density.combine(features)
     smoothed = list(model.analyse(inputs).numpy())
     model.tiles.update_spread(np.stack(smoothed), 1.0)
@@ -138,7 +136,7 @@ def _stale_cost(model: AdaptiveAttentionSystem, tokens: Tensor) -> tuple[Tensor,
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     state = model.allocate_state(len(inputs))
     encoded = model.encode(inputs, state.encoder)
-    features, _ = model.density(encoded.hidden, model.exit_head(encoded.hidden), encoded.trace, state.density)
+    features, _ = model.features(encoded, state.density)
     rows = model.analyse(inputs).numpy()
     fires = torch.from_numpy(np.stack([model.tiles.online(row, RATE, START) for row in rows]).astype(bool))
     full = cross_entropy(model(inputs), targets)

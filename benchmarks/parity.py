@@ -149,7 +149,7 @@ def density_rows() -> Iterator[Row]:
     ours.double()
     state = ours.allocate_state(1).map(lambda value: value.double() if value.is_floating_point() else value)
     encoded = ours.encode(torch.randint(0, 257, (1, 70)), state.encoder)
-    features, _ = ours.density(encoded.hidden, ours.exit_head(encoded.hidden), encoded.trace, state.density)
+    features, _ = ours.features(encoded, state.density)
     rows = [torch.stack(dense_rows(encoded.trace, t, ours.config.density_window)) for t in range(70)]
     gap = _gap(features[0, :, 1:3], torch.stack(rows))
     yield Row("attention entropy and distance", "dense attention", gap, 1e-9, 2 * len(rows))

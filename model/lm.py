@@ -29,7 +29,7 @@ from model.layers.norm import RMSNorm
 from model.ops.recurrent import compiled
 from model.ops.ssd import ScanTrace
 from model.ops.tiling import Bytes
-from model.state import BlockState, ModelState, RouterState
+from model.state import BlockState, DensityState, ModelState, RouterState
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +132,11 @@ class AdaptiveAttentionSystem(nn.Module):
         assert trace is not None, "the encoder has at least one block"
         return Encoded(hidden, after, trace)
 
+    def features(self, encoded: Encoded, state: DensityState) -> tuple[Tensor, DensityState]:
+        """Density features [B, L, 5] of what was encoded from ``state`` on (not changed), and the state after it."""
+        exit_logits = self.exit_head(encoded.hidden)
+        return cast(tuple[Tensor, DensityState], self.density(encoded.hidden, exit_logits, encoded.trace, state))
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of decoder outputs [..., d_model]."""
         return F.linear(self.final_norm(hidden), self.head_weight)
@@ -229,7 +234,7 @@ class AdaptiveAttentionSystem(nn.Module):
         """Smoothed density [B, L] in bits (float64), by which the trunk's places are chosen, of sequences [B, L]."""
         state = self.allocate_state(len(tokens))
         encoded = self.encode(tokens, state.encoder)
-        features, after = self.density(encoded.hidden, self.exit_head(encoded.hidden), encoded.trace, state.density)
+        features, after = self.features(encoded, state.density)
         return torch.from_numpy(self.density.smooth(self.density.combine(features), state.density, after))
 
     @torch.inference_mode()
@@ -290,7 +295,7 @@ class AdaptiveAttentionSystem(nn.Module):
         if not self.cost.analysed(rate):
             return np.full(encoded.hidden.shape[1], int(rate >= 1.0), np.uint8)
         before = state.density
-        features, state.density = self.density(encoded.hidden, self.exit_head(encoded.hidden), encoded.trace, before)
+        features, state.density = self.features(encoded, before)
         density = self.density.smooth(self.density.combine(features), before, state.density)[0]
         router = state.router
         position, last_fire, fires = (int(count) for count in (router.positions, router.last_fire, router.fires))

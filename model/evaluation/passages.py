@@ -152,8 +152,6 @@ def read_features(model: AdaptiveAttentionSystem, inputs: Tensor) -> Tensor:
     for tokens in inputs.split(piece_length(model), dim=1):
         encoded = model.encode(tokens, state.encoder)
         state.encoder = encoded.states
-        features, state.density = model.density(
-            encoded.hidden, model.exit_head(encoded.hidden), encoded.trace, state.density
-        )
+        features, state.density = model.features(encoded, state.density)
         parts.append(features.cpu())
     return torch.cat(parts, 1)

@@ -71,7 +71,7 @@ def analyse_piece(
     encoded = model.encode(tokens, state.encoder)
     state.encoder = encoded.states
     before = state.density
-    features, state.density = model.density(encoded.hidden, model.exit_head(encoded.hidden), encoded.trace, before)
+    features, state.density = model.features(encoded, before)
     density = model.density.smooth(model.density.combine(features), before, state.density)[0]
     tilings = [plan.advance(model.tiles, density) for plan in plans]
     return PieceAnalysis(

@@ -297,19 +297,9 @@ def fire_online(
         here = position + t + 1
         quota += rate
         if rate >= 1.0 or fires_now(
-            density[t],
-            staleness,
-            rate,
-            log_threshold,
-            spread,
-            inertia,
-            last_fire,
-            fires,
-            quota,
-            here,
-            min_size,
+            density[t], staleness, rate, log_threshold, spread, inertia, last_fire, fires, quota, here, min_size,
             max_size,
-        ):
+        ):  # fmt: skip
             out[t] = 1
             fires += 1.0
             last_fire = here

@@ -21,8 +21,9 @@ from model.device import choose_device, set_threads
 from model.lm import AdaptiveAttentionSystem
 from model.training.calibration import calibrate
 from model.training.cli import sampling_weights
+from model.training.config import TrainingConfig
 from model.training.data import Corpus
-from model.training.loss import clamped_bits, cross_entropy, mean_ahead
+from model.training.loss import clamped_bits, mean_ahead, pass_cost
 
 READ = 16
 """Sequences read at once."""
@@ -56,6 +57,9 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
 def run_fit(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     set_threads(arguments.threads)
+    # Of a training run, whose bounds they have.
+    settings = {name: getattr(arguments, name) for name in ("foresight", "sequences", "length", "seed")}
+    TrainingConfig.model_validate(settings)
     config = read_config(arguments.initial)
     source = load_checkpoint(arguments.initial, choose_device(arguments.device))
     change = {"density_hidden": arguments.units, "window_size": arguments.window}
@@ -106,15 +110,10 @@ def read_evidence(model: AdaptiveAttentionSystem, tokens: Tensor, foresight: int
     """Evidence of texts [B, L + 1]."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     encoded = model.encode(inputs, model.allocate_state(len(inputs)).encoder)
-    exit_logits = model.exit_head(encoded.hidden)
-    state = model.density.zero_state(len(inputs), tokens.device)
-    features, _ = model.density(encoded.hidden, exit_logits, encoded.trace, state)
+    features, _ = model.features(encoded, model.density.zero_state(len(inputs), tokens.device))
     never = torch.zeros_like(inputs, dtype=torch.bool)
-    costs = [
-        cross_entropy(model.head(model.combine(encoded.hidden, fires, model.allocate_state(len(inputs)))), targets)
-        for fires in (None, never)
-    ]
-    worth = clamped_bits(mean_ahead(costs[1] - costs[0], foresight))
+    full, floor = (pass_cost(model, encoded, fires, targets) for fires in (None, never))
+    worth = clamped_bits(mean_ahead(floor - full, foresight))
     hidden = encoded.hidden.flatten(0, 1).half()
     return Evidence(features[..., :-1].flatten(0, 1), hidden, worth.flatten())
 

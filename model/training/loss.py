@@ -58,9 +58,14 @@ def compute_loss(
     cost = cross_entropy(logits, targets)
     weight = config.full_weight
     task = weight * full.mean() + (1.0 - weight) * cost.mean() + config.exit_weight * exit_loss
-    floor = cost.detach() if reduced.rate == 0 else _floor_cost(model, encoded, targets)
+    with torch.no_grad():
+        floor = cost if reduced.rate == 0 else pass_cost(model, encoded, torch.zeros_like(fires), targets)
     information = divergence(logits, full_logits) + density_regression(
-        model, density, mean_ahead(floor - full.detach(), config.foresight), cost.detach() - full.detach(), fires
+        model,
+        density,
+        mean_ahead(floor.detach() - full.detach(), config.foresight),
+        cost.detach() - full.detach(),
+        fires,
     )
     loss.total = task + config.lambda_info * information
     if config.lambda_compute > 0.0 and model.cost.analysed(reduced.rate) and not reduced.uniform:
@@ -87,11 +92,9 @@ def _analyse(
     return density, smoothed
 
 
-@torch.no_grad()
-def _floor_cost(model: AdaptiveAttentionSystem, encoded: Encoded, targets: Tensor) -> Tensor:
-    """Cross entropy in nats [B, L] without the trunk."""
-    never = torch.zeros_like(targets, dtype=torch.bool)
-    return cross_entropy(model.head(model.combine(encoded.hidden, never, model.allocate_state(len(targets)))), targets)
+def pass_cost(model: AdaptiveAttentionSystem, encoded: Encoded, fires: Tensor | None, targets: Tensor) -> Tensor:
+    """Cross entropy in nats [B, L] of texts from their start, the trunk run at ``fires`` [B, L] (None: everywhere)."""
+    return cross_entropy(model.head(model.combine(encoded.hidden, fires, model.allocate_state(len(targets)))), targets)
 
 
 def divergence(logits: Tensor, full_logits: Tensor) -> Tensor:

@@ -89,3 +89,4 @@ def without_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run what other devices run."""
     for module in (model.lm, model.layers.mamba2):
         monkeypatch.setattr(module, "compiled", lambda _: False)
+    monkeypatch.setattr(model.layers.mamba2, "fused", lambda _: False)

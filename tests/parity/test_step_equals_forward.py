@@ -108,9 +108,7 @@ def test_density_does_not_depend_on_how_the_text_was_cut() -> None:
         for piece in tokens.split(64, dim=1):
             encoded = model.encode(piece, state.encoder)
             before = state.density
-            features, state.density = model.density(
-                encoded.hidden, model.exit_head(encoded.hidden), encoded.trace, before
-            )
+            features, state.density = model.features(encoded, before)
             state.encoder = encoded.states
             parts.append(torch.from_numpy(model.density.smooth(model.density.combine(features), before, state.density)))
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-4)

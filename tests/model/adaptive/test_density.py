@@ -56,7 +56,7 @@ def test_entropy_and_distance_equal_a_dense_attention_row(dtype: torch.dtype, to
     with torch.no_grad():
         state = model.allocate_state(1).map(lambda value: value.to(dtype) if value.is_floating_point() else value)
         encoded = model.encode(tokens, state.encoder)
-        features, _ = model.density(encoded.hidden, model.exit_head(encoded.hidden), encoded.trace, state.density)
+        features, _ = model.features(encoded, state.density)
     for t in (0, 1, 5, window - 1, window, 40, 69):
         entropy, distance = dense_rows(encoded.trace, t, window)
         torch.testing.assert_close(features[0, t, 1], entropy, atol=tolerance, rtol=0)
@@ -159,7 +159,7 @@ def test_features_of_steps_equal_those_of_a_pass() -> None:
     state, rows = model.allocate_state(2), []
     with torch.no_grad():
         encoded = model.encode(tokens, state.encoder)
-        whole, _ = model.density(encoded.hidden, model.exit_head(encoded.hidden), encoded.trace, state.density)
+        whole, _ = model.features(encoded, state.density)
         for column in tokens.unbind(1):
             hidden, trace = encode_one(model, column, state)
             features, state.density = model.density.step(hidden, model.exit_head(hidden), trace, state.density)

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import model.layers.mamba2 as model_layers
 from model.ops.fused import convolve_silu, fused, gate_norm
+from tests.model.shapes import SMALL, random_model
 
 
 def gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
@@ -61,3 +63,23 @@ def test_other_precisions_take_the_tensor_operations() -> None:
     assert not fused(values.double())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not fused(values)
+
+
+@pytest.mark.parametrize("lengths", [None, [40, 23]])
+def test_a_block_and_its_gradients_are_those_of_tensor_operations(
+    lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model().requires_grad_(True)
+    block = model.trunk[0]
+    hidden = torch.randn(2, 40, SMALL.d_trunk, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    stretch = torch.ones(2, 40) * 3.0
+    counts = None if lengths is None else torch.tensor(lengths)
+    results = []
+    for quick in (True, False):
+        monkeypatch.setattr(model_layers, "fused", lambda _, quick=quick: quick)
+        output, after, _ = block(hidden, model.allocate_state(2).trunk[0], stretch, lengths=counts)
+        used = {name: value for name, value in block.named_parameters() if "level_scale" not in name}
+        found = gradients(output, [hidden, *used.values()])
+        results.append([output, after.conv_state, after.ssm_state, *found])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, atol=2e-5 * max(1.0, float(other.detach().abs().max())), rtol=1e-4)
