@@ -45,11 +45,22 @@ class Ranks:
         if self.size == 1:
             return values.detach()
         total = values.detach().clone()
-        try:
+        with _noticing_loss():
             torch.distributed.all_reduce(total)
-        except RuntimeError as error:
-            raise ConnectionError("another process of the run broke off") from error
         return total / self.size
+
+    def wait(self) -> None:
+        """Wait for the other processes: the last exchange of a run that goes well.
+
+        gloo's threads may hold the tensors of an exchange for a moment after it; one that Python knows must not be the
+        last before the process ends, or letting go of it while the interpreter is torn down aborts the process.
+
+        Raises:
+            ConnectionError: another process is gone.
+        """
+        if self.size > 1:
+            with _noticing_loss():
+                torch.distributed.barrier()
 
     def average_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replace the gradients by their means; those that no process has stay None."""
@@ -76,6 +87,14 @@ class Ranks:
         flat = self.mean(torch.cat([tensor.flatten() for tensor in tensors]))
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+@contextmanager
+def _noticing_loss() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError("another process of the run broke off") from error
 
 
 ALONE = Ranks()

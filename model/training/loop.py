@@ -77,6 +77,7 @@ def train(run: Run, recipe: Recipe, ranks: Ranks = ALONE, stop_asked: Callable[[
                 trainer.keep(last=stopping or trainer.step == steps)
         if trainer.step == steps:
             trainer.finish()
+        ranks.wait()
     except (FloatingPointError, MemoryError, RuntimeError, OSError) as error:
         fault = explain(error, run.output, trainer.step + 1, trainer.saved)
         if fault is None:
