@@ -7,7 +7,7 @@ operations, so the fast one works on numpy views of the same memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -20,10 +20,12 @@ from model.adaptive.tiling import TileManager
 from model.config import ModelConfig
 from model.layers.mamba2 import AdaptiveMambaBlock
 from model.layers.norm import RMSNorm
-from model.ops.recurrent import Singles, hold_rows, norm_rows, project_rows
+from model.ops.recurrent import decode_rows, encode_rows, norm_rows, project_rows
 from model.ops.ssd import StepTrace
-from model.ops.tiling import Booleans, Integers
 from model.state import BlockState, ModelState
+
+_NOTHING = np.empty((0, 0), np.float32)
+_NO_TRACE = (_NOTHING, _NOTHING, _NOTHING, _NOTHING, np.empty(0))
 
 
 class System(Protocol):
@@ -44,6 +46,55 @@ class System(Protocol):
     def head_weight(self) -> Tensor:
         """[V, d_model] of both heads."""
 
+    def views(self) -> SystemViews:
+        """What compiled steps read."""
+
+
+@dataclass(frozen=True, slots=True)
+class SystemViews:
+    """What compiled steps read of a system; arrays unless stated otherwise."""
+
+    encoder: tuple[AdaptiveMambaBlock, ...]
+    """The blocks themselves, which have views of their own."""
+    trunk: tuple[AdaptiveMambaBlock, ...]
+    decoder: tuple[AdaptiveMambaBlock, ...]
+    embedding: Any
+    """[V, d_model]."""
+    head: Any
+    """[V, d_model]."""
+    exit_norm: tuple[Any, float]
+    """Weight [d_model], epsilon."""
+    final_norm: tuple[Any, float]
+    down: Any
+    """[d_trunk, d_model] of the router; empty where the widths are equal."""
+    up: Any
+    """[d_model, d_trunk]."""
+    raw_fading: Any
+    """[d_model]."""
+
+
+def make_views(system: System) -> SystemViews:
+    """Those of the parameters that a system on a CPU has now."""
+
+    def array(weight: Tensor) -> Any:
+        return weight.detach().numpy()
+
+    stacks = (system.encoder, system.trunk, system.decoder)
+    encoder, trunk, decoder = (tuple(cast(AdaptiveMambaBlock, block) for block in stack) for stack in stacks)
+    router = system.router
+    return SystemViews(
+        encoder=encoder,
+        trunk=trunk,
+        decoder=decoder,
+        embedding=array(system.embedding.weight),
+        head=array(system.head_weight),
+        exit_norm=(array(system.exit_norm.weight), system.exit_norm.eps),
+        final_norm=(array(system.final_norm.weight), system.final_norm.eps),
+        down=_NOTHING if router.down is None else array(router.down.weight),
+        up=_NOTHING if router.up is None else array(router.up.weight),
+        raw_fading=array(router.raw_fading),
+    )
+
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
@@ -55,13 +106,14 @@ class StepOutput:
     """[B] bool: the trunk ran."""
 
 
-def step_plain(system: System, tokens: Tensor, state: ModelState, rates: Tensor, rows: Tensor) -> StepOutput:
+def step_plain(system: System, tokens: Tensor, state: ModelState, rates: Tensor, rows: Tensor | None) -> StepOutput:
     """Read one token per sequence by tensor operations.
 
     Args:
         tokens: [n]. state: advanced in place; the blocks' of B sequences, the rest of those that take part.
-        rates: [n] float64 fires per byte, 0 to 1. rows: [n] int64, where in the blocks' states they are.
+        rates: [n] float64 fires per byte, 0 to 1. rows: [n] int64, where in the blocks' states they are; None for all.
     """
+    rows = torch.arange(len(tokens), device=tokens.device) if rows is None else rows
     router = state.router
     full = torch.full_like(rows, system.config.d_state)
     hidden, trace = _run(system.encoder, system.embedding(tokens), state.encoder, rows, None, full)
@@ -108,74 +160,43 @@ def _run(
     return hidden, trace
 
 
-def step_compiled(system: System, tokens: Tensor, state: ModelState, rates: Tensor, rows: Tensor) -> StepOutput:
-    """The same on a CPU; a row has the same bits whatever rows stand beside it."""
-    router, wanted, places = state.router, rates.numpy(), rows.numpy()
-    full, fresh = np.full(len(wanted), system.config.d_state), np.zeros(len(wanted), np.float32)
-    head = _array(system.head_weight)
-    hidden = _array(system.embedding.weight)[tokens.numpy()]
+def step_compiled(system: System, tokens: Tensor, state: ModelState, rates: Tensor, rows: Tensor | None) -> StepOutput:
+    """The same on a CPU, for all of a batch where ``rows`` is None; a row has the same bits whoever stands beside it.
+
+    Two compiled calls: what happens in the interpreter is slow, since the weights have pushed it out of the caches.
+    """
+    views, router = system.views(), state.router
+    wanted, places = rates.numpy(), np.arange(len(tokens)) if rows is None else rows.numpy()
     fired = wanted >= 1.0
-    chosen = np.flatnonzero((wanted > 0.0) & ~fired)
-    analysed = bool(len(chosen))
-    trace = _run_compiled(system.encoder, hidden, state.encoder, places, fresh, full, traced=analysed)
+    chosen = ((wanted > 0.0) & ~fired).nonzero()[0]
+    analysed = len(chosen) > 0
+    trace = _make_trace(system, len(places)) if analysed else _NO_TRACE
+    encoder = _with_states(views.encoder, state.encoder)
+    hidden = encode_rows(tokens.numpy(), views.embedding, places, analysed, trace, encoder)
     if analysed:
         outputs = hidden[chosen]
-        logits = project_rows(_normalised(system.exit_norm, outputs), head)
+        logits = project_rows(norm_rows(outputs, *views.exit_norm), views.head)
         density = system.density.step_rows(outputs, logits, trace, state.density, chosen)
         fired[chosen] = system.tiles.fire_rows(density, wanted, router, chosen)
-    index = np.flatnonzero(fired)
-    if len(index):
-        _step_trunk(system, hidden[index], state, index, places[index])
-    output = hold_rows(
-        fired, wanted, hidden, _array(system.router.raw_fading), router.held.numpy(), router.last_fire.numpy(),
-        router.fires.numpy(), router.quota.numpy(), router.positions.numpy(),
+    later = _with_states(views.trunk, state.trunk) + _with_states(views.decoder, state.decoder)
+    counters = (router.held, router.last_fire, router.fires, router.quota, router.positions)
+    logits = decode_rows(
+        fired, wanted, hidden, places, state.columns.numpy(), len(views.trunk), later, views.down, views.up,
+        views.raw_fading, *views.final_norm, views.head, *(value.numpy() for value in counters),
     )  # fmt: skip
-    if len(system.decoder):
-        _run_compiled(system.decoder, output, state.decoder, places, fresh, full)
-    return StepOutput(torch.from_numpy(project_rows(_normalised(system.final_norm, output), head)), _tensor(fired))
+    return StepOutput(torch.from_numpy(logits), torch.from_numpy(fired))
 
 
-def _step_trunk(system: System, entered: Singles, state: ModelState, index: Integers, places: Integers) -> None:
-    """Run the trunk for those that fire, with encoder outputs ``entered`` [n, d_model], and hold its update.
-
-    ``index`` [n] says which of those that take part they are, ``places`` [n] where in the blocks' states.
-    """
-    down, up = system.router.down, system.router.up
-    if down is not None:
-        entered = project_rows(entered, _array(down.weight))
-    left = entered.copy()
-    age = state.router.positions.numpy()[index] + 1 - state.router.last_fire.numpy()[index]
-    stretch = np.log(age).astype(np.float32)
-    _run_compiled(system.trunk, left, state.trunk, places, stretch, state.columns.numpy()[index])
-    update = left - entered
-    state.router.held.numpy()[index] = update if up is None else project_rows(update, _array(up.weight))
+def _with_states(blocks: tuple[AdaptiveMambaBlock, ...], states: tuple[BlockState, ...]) -> tuple[tuple[Any, ...], ...]:
+    """What compiled steps read of blocks, and their states, which they advance."""
+    return tuple(
+        (*block.views().step, state.conv_state.numpy(), state.ssm_state.numpy())
+        for block, state in zip(blocks, states, strict=True)
+    )
 
 
-def _run_compiled(
-    blocks: nn.ModuleList,
-    hidden: Singles,
-    states: tuple[BlockState, ...],
-    rows: Integers,
-    log_stretch: Singles,
-    columns: Integers,
-    *,
-    traced: bool = False,
-) -> tuple[Any, ...]:
-    """A stack of at least one block, ``hidden`` [n, D] changed in place; the last one's trace as arrays."""
-    for block, state in zip(blocks, states, strict=True):
-        assert isinstance(block, AdaptiveMambaBlock)
-        trace = block.step_compiled(hidden, state, rows, log_stretch, columns, traced=traced)
-    return trace
-
-
-def _normalised(norm: RMSNorm, rows: Singles) -> Singles:
-    normal: Singles = norm_rows(rows, _array(norm.weight), norm.eps)
-    return normal
-
-
-def _array(weight: Tensor) -> Any:
-    return weight.detach().numpy()
-
-
-def _tensor(fired: Booleans) -> Tensor:
-    return torch.from_numpy(fired)
+def _make_trace(system: System, count: int) -> tuple[Any, ...]:
+    """Room for the content of a :class:`~model.ops.ssd.StepTrace` of so many rows."""
+    mixer = system.views().encoder[-1].mixer
+    widths = (mixer.d_state, mixer.d_state, mixer.heads, mixer.heads)
+    return (*(np.empty((count, width), np.float32) for width in widths), np.empty(count))

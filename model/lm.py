@@ -7,6 +7,7 @@ and the model is a plain stack of Mamba-2 blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -23,9 +24,12 @@ from model.adaptive.router import CrossScaleRouter
 from model.adaptive.tiling import Pace, TileManager, accrue
 from model.config import ModelConfig
 from model.cost import CostModel
-from model.decoding import StepOutput, step_compiled, step_plain
+from model.decoding import StepOutput, SystemViews, make_views, step_compiled, step_plain
+from model.layers.compiled import read_stack
 from model.layers.mamba2 import AdaptiveMambaBlock
 from model.layers.norm import RMSNorm
+from model.layers.views import Viewed
+from model.ops.parallel import own_threads
 from model.ops.recurrent import compiled
 from model.ops.ssd import ScanTrace
 from model.ops.tiling import Bytes
@@ -53,7 +57,7 @@ class PrefillOutput:
     """Offsets in the piece at which the trunk fired."""
 
 
-class AdaptiveAttentionSystem(nn.Module):
+class AdaptiveAttentionSystem(Viewed[SystemViews]):
     """A byte-level Mamba-2 language model whose trunk runs once per tile."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -79,6 +83,9 @@ class AdaptiveAttentionSystem(nn.Module):
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.gradient_checkpointing = False
         """Whether a pass that will be differentiated keeps only what goes in and out of each block."""
+
+    def _make_views(self) -> SystemViews:
+        return make_views(self)
 
     @property
     def device(self) -> torch.device:
@@ -209,6 +216,10 @@ class AdaptiveAttentionSystem(nn.Module):
         traced: bool = False,
     ) -> tuple[Tensor, tuple[BlockState, ...], ScanTrace | None]:
         """A stack of residual blocks over [B, L, D]; the states after, and the last block's trace if it is wanted."""
+        if compiled(hidden):
+            return read_stack(
+                [block.views() for block in _blocks(blocks)], hidden, states, stretch, lengths, columns, traced=traced
+            )
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         after, trace = [], None
         for block, state in zip(blocks, states, strict=True):
@@ -265,6 +276,19 @@ class AdaptiveAttentionSystem(nn.Module):
         """
         assert tokens.shape[0] == 1, "prompts are read one by one"
         assert 0 < tokens.shape[1] <= self.config.block_size
+        with own_threads() if compiled(self.embedding.weight) else nullcontext():
+            return self._read_piece(tokens, state, rate, sizes, predict=predict, score=score)
+
+    def _read_piece(
+        self,
+        tokens: Tensor,
+        state: ModelState,
+        rate: float,
+        sizes: Sequence[tuple[int, int]],
+        *,
+        predict: bool,
+        score: bool,
+    ) -> PrefillOutput:
         encoded = self.encode(tokens, state.encoder)
         state.encoder = encoded.states
         plan = self._plan(encoded, state, rate, causal=score)
@@ -313,7 +337,7 @@ class AdaptiveAttentionSystem(nn.Module):
         """
         step = step_compiled if compiled(self.embedding.weight) else step_plain
         if rows is None:
-            return step(self, tokens, state, rates, torch.arange(len(tokens), device=tokens.device))
+            return step(self, tokens, state, rates, None)
         # The large states are reached by row; the small ones are gathered.
         density, router = state.density.gather(rows), state.router.gather(rows)
         part = replace(state, density=density, router=router, columns=state.columns[rows])

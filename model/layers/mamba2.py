@@ -6,32 +6,20 @@ Source: Dao and Gu 2024, section 7 (the block) and the public Mamba-2 checkpoint
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.layers.compiled import read_stack
 from model.layers.norm import RMSNorm
+from model.layers.views import BlockViews, Viewed
 from model.ops.fused import convolve_silu, fused, gate_norm
-from model.ops.parallel import loop_threads, share
-from model.ops.recurrent import (
-    Singles,
-    block_rows,
-    compiled,
-    convolve_rows,
-    keep_window,
-    mixer_rows,
-    norm_rows,
-)
+from model.ops.recurrent import compiled
 from model.ops.ssd import ScanTrace, StepTrace, ssd_scan, ssd_step
-from model.ops.tiling import Integers
 from model.state import BlockState, zero_block_state
-
-SHARED_FROM = 64
-"""Positions from which a pass shares its compiled loops among threads: fewer are read faster by one."""
 
 
 class VariableStateSpaceModel(nn.Module):
@@ -75,7 +63,6 @@ class VariableStateSpaceModel(nn.Module):
         else:
             self.register_buffer("tile_exponent", torch.zeros(self.heads), persistent=False)
             self.register_buffer("level_scale", torch.ones(0), persistent=False)
-        self._arrays: list[Any] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -196,7 +183,6 @@ class VariableStateSpaceModel(nn.Module):
         *,
         lengths: Tensor | None = None,
         columns: Tensor | None = None,
-        traced: bool = True,
     ) -> tuple[Tensor, BlockState, ScanTrace]:
         """Read L positions.
 
@@ -205,13 +191,10 @@ class VariableStateSpaceModel(nn.Module):
             stretch: [B, L] bytes per step, at least 1 (trunk only).
             lengths: [B] positions that count; what stands beyond is padding and leaves the state alone. None: all.
             columns: [B] of the state that run; None for all of them.
-            traced: whether the trace will be looked at; if not, the states before its chunks may be left out.
 
         Returns:
             output [B, L, D], the state after, and the trace.
         """
-        if compiled(hidden):
-            return self._forward_compiled(hidden, state, stretch, lengths, columns, traced=traced)
         z, xBC_raw, dt_raw = self.in_proj(hidden).split([self.d_inner, self.conv_dim, self.heads], dim=-1)
         window = torch.cat([state.conv_state, xBC_raw], dim=1)
         quick = fused(hidden)
@@ -242,66 +225,6 @@ class VariableStateSpaceModel(nn.Module):
             normal = self.norm(torch.addcmul(scan.y, x, self.D[:, None]).flatten(2), z)
         trace = ScanTrace(*(value.detach() for value in (x, dt, A, B, C, scan.chunk_states)))
         return self.out_proj(normal), BlockState(conv_state, scan.final_state), trace
-
-    def _forward_compiled(
-        self,
-        hidden: Tensor,
-        state: BlockState,
-        stretch: Tensor | None,
-        lengths: Tensor | None,
-        columns: Tensor | None,
-        *,
-        traced: bool,
-    ) -> tuple[Tensor, BlockState, ScanTrace]:
-        """The same by compiled loops, on a CPU where nobody asks for gradients."""
-        batch, length = hidden.shape[:2]
-        width = state.ssm_state.shape[-1]
-        log_stretch = torch.zeros(batch, length) if stretch is None else stretch.log()
-        lengths = torch.full((batch,), length) if lengths is None else lengths
-        columns = torch.full((batch,), width) if columns is None else columns
-        after = BlockState(*(value.clone(memory_format=torch.contiguous_format) for value in state.tensors()))
-        chunks = -(-length // self.chunk_size) if traced else 0
-        before = torch.zeros(batch, chunks, *after.ssm_state.shape[1:])
-        projected, mixed = self.in_proj(hidden), torch.empty(batch, length, self.conv_dim)
-        steps, gated = torch.zeros(batch, length, self.heads), torch.zeros(batch, length, self.d_inner)
-        levels, scale, taps, bias, dt_bias, A_log, D, norm, exponent, least_dt, most_dt, eps = self.arrays()
-        threads = loop_threads() if batch * length >= SHARED_FROM else 1
-
-        inputs: list[Any] = [value.numpy() for value in (projected, columns, after.conv_state, mixed)]
-        inputs += [self.d_inner, levels, scale, taps, bias]
-        share(lambda start, end: convolve_rows(start, end, *inputs), length, threads)
-        keep_window(inputs[0], lengths.numpy(), inputs[2], self.d_inner)
-
-        parts = (projected, mixed, log_stretch, lengths, columns, after.ssm_state, before, steps, gated)
-        loops: list[Any] = [value.numpy() for value in parts]
-        loops += [self.chunk_size, dt_bias, A_log, D, exponent, least_dt, most_dt]
-        share(lambda first, last: mixer_rows(first, last, *loops), self.heads, threads)
-
-        normal = torch.from_numpy(norm_rows(gated.flatten(0, 1).numpy(), norm, eps)).view_as(gated)
-        x, B, C = mixed.split([self.d_inner, self.d_state, self.d_state], dim=-1)
-        x = x.unflatten(-1, (self.heads, self.headdim))
-        trace = ScanTrace(x, steps, -torch.exp(self.A_log), B[..., :width], C[..., :width], before)
-        return self.out_proj(normal), after, trace
-
-    def arrays(self) -> list[Any]:
-        """What the compiled loops read, in their order: views of the parameters, which thus may change."""
-        if self._arrays is None:
-            weights = (
-                self.level_sizes, self.level_scale, self.conv_weight, self.conv_bias, self.dt_bias, self.A_log,
-                self.D, self.norm.weight, self.tile_exponent,
-            )  # fmt: skip
-            self._arrays = [*(value.detach().numpy() for value in weights), self.least_dt, self.most_dt, self.norm.eps]
-        return self._arrays
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moving or casting a module replaces its parameters."""
-        self._arrays = None
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy of a module has parameters of its own, which the views of this one do not show."""
-        return {**self.__dict__, "_arrays": None}
 
     def step(
         self, hidden: Tensor, state: BlockState, rows: Tensor, stretch: Tensor | None, columns: Tensor
@@ -335,7 +258,7 @@ class VariableStateSpaceModel(nn.Module):
         return self.out_proj(self.norm(y, z)), trace
 
 
-class AdaptiveMambaBlock(nn.Module):
+class AdaptiveMambaBlock(Viewed[BlockViews]):
     """Pre-norm residual block around :class:`VariableStateSpaceModel`."""
 
     def __init__(self, width: int, config: ModelConfig, *, variable: bool = False) -> None:
@@ -349,6 +272,7 @@ class AdaptiveMambaBlock(nn.Module):
         See :meth:`VariableStateSpaceModel.resized`. Optimisers that hold the old parameters must be made anew.
         """
         self.mixer = self.mixer.resized(d_state, preserve_weights=preserve_weights)
+        self._views = None
 
     def forward(
         self,
@@ -359,10 +283,18 @@ class AdaptiveMambaBlock(nn.Module):
         lengths: Tensor | None = None,
         columns: Tensor | None = None,
         traced: bool = True,
-    ) -> tuple[Tensor, BlockState, ScanTrace]:
-        """``hidden`` [B, L, D] with the block's update added; see the mixer."""
+    ) -> tuple[Tensor, BlockState, ScanTrace | None]:
+        """``hidden`` [B, L, D] with the block's update added; see the mixer.
+
+        ``traced`` says whether the trace will be looked at; if not, it may be left out.
+        """
+        if compiled(hidden):
+            output, (after,), trace = read_stack(
+                [self.views()], hidden, [state], stretch, lengths, columns, traced=traced
+            )
+            return output, after, trace
         normal = self.norm(hidden)
-        update, after, trace = self.mixer(normal, state, stretch, lengths=lengths, columns=columns, traced=traced)
+        update, after, trace = self.mixer(normal, state, stretch, lengths=lengths, columns=columns)
         return hidden + update, after, trace
 
     def step(
@@ -372,23 +304,22 @@ class AdaptiveMambaBlock(nn.Module):
         update, trace = self.mixer.step(self.norm(hidden), state, rows, stretch, columns)
         return hidden + update, trace
 
-    def step_compiled(
-        self,
-        hidden: Singles,
-        state: BlockState,
-        rows: Integers,
-        log_stretch: Singles,
-        columns: Integers,
-        *,
-        traced: bool = False,
-    ) -> tuple[Any, ...]:
-        """The same by compiled loops, on a CPU: ``hidden`` is changed in place.
-
-        Returns:
-            The content of the trace as arrays; its ``change`` is 0 unless ``traced``.
-        """
-        weights = (self.norm.weight, self.mixer.in_proj.weight, self.mixer.out_proj.weight)
-        arguments: list[Any] = [rows, hidden, log_stretch, columns, state.conv_state.numpy(), state.ssm_state.numpy()]
-        arguments += [*self.mixer.arrays(), *(value.detach().numpy() for value in weights), traced]
-        trace: tuple[Any, ...] = block_rows(*arguments)
-        return trace
+    def _make_views(self) -> BlockViews:
+        mixer = self.mixer
+        weights = (
+            mixer.level_sizes, mixer.level_scale, mixer.conv_weight, mixer.conv_bias, mixer.dt_bias, mixer.A_log,
+            mixer.D, mixer.tile_exponent, mixer.norm.weight, mixer.in_proj.weight, mixer.out_proj.weight,
+            self.norm.weight,
+        )  # fmt: skip
+        arrays = [value.detach().numpy() for value in weights]
+        limits = (mixer.least_dt, mixer.most_dt)
+        return BlockViews(
+            in_proj=mixer.in_proj.weight.detach().t(),
+            out_proj=mixer.out_proj.weight.detach().t(),
+            norm=(arrays[11], self.norm.eps),
+            gate_norm=(arrays[8], mixer.norm.eps),
+            A_log=arrays[5],
+            chunk_size=mixer.chunk_size,
+            mixer=(*arrays[:8], *limits),
+            step=(*arrays, *limits, mixer.norm.eps, self.norm.eps),
+        )

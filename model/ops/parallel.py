@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 
@@ -37,6 +38,32 @@ def share(work: Callable[[int, int], None], count: int, threads: int) -> None:
         other.result()
 
 
+@contextmanager
+def own_threads() -> Iterator[None]:
+    """Only :func:`share` uses several threads in here: as many as it would have, and tensor operations one.
+
+    Torch's threads wait busily for the next operation, on the cores where a share is to be done.
+    """
+    before, chosen = torch.get_num_threads(), getattr(_chosen, "threads", 0)
+    if before == 1:
+        yield
+        return
+    _chosen.threads = loop_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        _chosen.threads = chosen
+
+
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="loops")
+    """Threads whose tensor operations run on one thread each."""
+    before, started = torch.get_num_threads(), threading.Barrier(threads + 1)
+    pool = ThreadPoolExecutor(threads, "loops", initializer=torch.set_num_threads, initargs=(1,))
+    for _ in range(threads):
+        pool.submit(started.wait)
+    started.wait()
+    torch.set_num_threads(before)  # setting it in one thread decides for threads to come as well
+    return pool

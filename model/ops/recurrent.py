@@ -10,6 +10,7 @@ Symbols as in :mod:`model.ops.ssd`; n rows of a batch of B take part in a step.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ Singles = NDArray[np.float32]
 # Sums may be reordered into vector registers; infinities and NaN keep their meaning.
 _VECTORS = {"reassoc", "contract", "nsz"}
 _ONE = np.float32(1.0)
-_REACH = 32
+_REACH = 16
 """Positions that one head reads before the next does: what the heads share stays in the nearest caches meanwhile."""
 
 
@@ -91,6 +92,15 @@ def norm_rows(x: Singles, weight: Singles, eps: float) -> Singles:  # pragma: no
 def _add_tap(total: Singles, values: Singles, weight: Singles) -> None:  # pragma: no cover - compiled
     for c in range(total.shape[0]):
         total[c] += values[c] * weight[c]
+
+
+@njit(cache=True, nogil=True, fastmath=_VECTORS, error_model="numpy")
+def _add_taps(
+    total: Singles, one: Singles, by_one: Singles, other: Singles, by_other: Singles
+) -> None:  # pragma: no cover - compiled
+    """Two at once; more than that would not become vector instructions."""
+    for c in range(total.shape[0]):
+        total[c] += one[c] * by_one[c] + other[c] * by_other[c]
 
 
 @njit(cache=True, nogil=True, fastmath=_VECTORS, error_model="numpy")
@@ -167,38 +177,39 @@ def _distance(one: Singles, other: Singles) -> float:  # pragma: no cover - comp
 
 
 @njit(cache=True, nogil=True)
-def convolve_rows(
+def _convolve(
+    projected: Singles,
+    window: Singles,
     start: int,
     end: int,
-    projected: Singles,
-    columns: Integers,
-    conv_state: Singles,
-    mixed: Singles,
     inner: int,
-    levels: Integers,
-    level_scale: Singles,
-    conv_weight: Singles,
-    conv_bias: Singles,
+    by_tap: Singles,
+    bias: Singles,
+    first: int,
+    last: int,
+    out: Singles,
 ) -> None:  # pragma: no cover - compiled
-    """Convolution, activation and scales of a mixer at the positions ``start`` to ``end``.
+    """Convolution and activation of the channels ``first`` to ``last`` at the positions ``start`` to ``end``.
 
     Args:
-        projected: [B, L, z | x B C | dt], z of size ``inner``. columns: [B] of the state that run, at most N.
-        conv_state: [B, d_conv - 1, C] before the first position, not changed. mixed: [B, L, C], filled.
-        levels: sizes that the state may run at. level_scale: of C at each of them but the last.
-        conv_weight: [C, d_conv]. conv_bias: [C].
+        projected: [L, z | x B C | dt], z of size ``inner``. window: [d_conv - 1, C] what came before it.
+        by_tap: [d_conv, C]. bias: [C]. out: [end - start, last - first].
     """
-    channels, taps = conv_weight.shape
-    by_tap = conv_weight.T.copy()
-    for b in range(projected.shape[0]):
-        raw = projected[b, :, inner : inner + channels]
-        for t in range(start, end):
-            mixed[b, t] = conv_bias
-            for k in range(taps):
-                at = t + k - (taps - 1)
-                _add_tap(mixed[b, t], raw[at] if at >= 0 else conv_state[b, at + taps - 1], by_tap[k])
-            _silu(mixed[b, t])
-            _scale_keys(mixed[b, t], inner, (channels - inner) // 2, columns[b], levels, level_scale)
+    taps, low, high = by_tap.shape[0], inner + first, inner + last
+    for t in range(start, end):
+        row, at, paired = out[t - start], t - (taps - 1), 0
+        row[:] = bias[first:last]
+        if at >= 0:
+            paired = taps // 2 * 2
+            for k in range(0, paired, 2):
+                one, other = projected[at + k, low:high], projected[at + k + 1, low:high]
+                _add_taps(row, one, by_tap[k, first:last], other, by_tap[k + 1, first:last])
+        for k in range(paired, taps):
+            if at + k >= 0:
+                _add_tap(row, projected[at + k, low:high], by_tap[k, first:last])
+            else:
+                _add_tap(row, window[at + k + taps - 1, first:last], by_tap[k, first:last])
+        _silu(row)
 
 
 @njit(cache=True, nogil=True)
@@ -221,67 +232,16 @@ def mixer_rows(
     first: int,
     last: int,
     projected: Singles,
-    mixed: Singles,
     log_stretch: Singles,
     lengths: Integers,
     columns: Integers,
+    conv_state: Singles,
     ssm_state: Singles,
     before: Singles,
+    mixed: Singles,
     steps: Singles,
     gated: Singles,
     chunk_size: int,
-    dt_bias: Singles,
-    A_log: Singles,
-    D: Singles,
-    exponent: Singles,
-    least_dt: float,
-    most_dt: float,
-) -> None:  # pragma: no cover - compiled
-    """The recurrence and the gate of the heads ``first`` to ``last``, over L positions.
-
-    A head's state stays in the nearest cache from the first position to the last. At the sizes of a small model that is
-    less work than the matrix products of a chunked scan.
-
-    Args:
-        projected: [B, L, z | x B C | dt]. mixed: [B, L, x | B | C], convolved.
-        log_stretch: [B, L] logarithm of the bytes that a step stands for.
-        lengths: [B] positions that count. columns: [B] of the state that run, at most N.
-        ssm_state: [B, H, P, N], advanced in place.
-        before: [B, c, H, P, N], filled with the state before each chunk of ``chunk_size`` positions that counts; where
-            c is 0, nobody wants it.
-        steps: [B, L, H], filled with dt. gated: [B, L, HP], filled with gated outputs. Both 0 where nothing counts.
-        dt_bias, A_log, D: [H]. exponent: [H], of the stretch. least_dt, most_dt: limits of the step size.
-    """
-    heads, headdim = ssm_state.shape[1:3]
-    inner, channels = heads * headdim, mixed.shape[2]
-    d_state = (channels - inner) // 2
-    for b in range(projected.shape[0]):
-        count = lengths[b]
-        for start in range(0, count, _REACH):
-            for h in range(first, last):
-                now, part = ssm_state[b, h], slice(h * headdim, (h + 1) * headdim)
-                rate, traced = math.exp(A_log[h]), before.shape[1] > 0
-                for t in range(start, min(start + _REACH, count)):
-                    if traced and t % chunk_size == 0:
-                        before[b, t // chunk_size, h] = now
-                    size = projected[b, t, inner + channels + h] + dt_bias[h]
-                    size = _step_size(size, exponent[h], log_stretch[b, t], least_dt, most_dt)
-                    steps[b, t, h] = size
-                    x, out = mixed[b, t, part], gated[b, t, part]
-                    decay = np.float32(math.exp(-size * rate))
-                    key, query = mixed[b, t, inner:], mixed[b, t, inner + d_state :]
-                    _advance_head(now, columns[b], x, key, query, size, decay, out)
-                    _skip_and_gate(out, x, D[h], projected[b, t, part])
-
-
-@njit(cache=True, nogil=True)
-def block_rows(
-    rows: Integers,
-    hidden: Singles,
-    log_stretch: Singles,
-    columns: Integers,
-    conv_state: Singles,
-    ssm_state: Singles,
     levels: Integers,
     level_scale: Singles,
     conv_weight: Singles,
@@ -289,69 +249,62 @@ def block_rows(
     dt_bias: Singles,
     A_log: Singles,
     D: Singles,
-    gate_norm: Singles,
     exponent: Singles,
     least_dt: float,
     most_dt: float,
-    eps: float,
-    norm: Singles,
-    in_proj: Singles,
-    out_proj: Singles,
-    traced: bool,
-) -> tuple[Singles, Singles, Singles, Singles, Floats]:  # pragma: no cover - compiled
-    """One decoding step of a residual block for some rows of a batch; their state is advanced in place.
+) -> None:  # pragma: no cover - compiled
+    """Convolution, recurrence and gate of the heads ``first`` to ``last``, over L positions.
+
+    A head's state stays in the nearest cache from the first position to the last. At the sizes of a small model that is
+    less work than the matrix products of a chunked scan. B and C, which all heads read, are convolved by everyone
+    who does a share of the heads.
 
     Args:
-        rows: [n] rows of the state. hidden: [n, D], the residual update is added in place.
-        log_stretch: [n]. columns: [n]. norm: [D]. in_proj: [z | x B C | dt, D]. out_proj: [D, HP].
-        conv_state: [B, d_conv - 1, C]. gate_norm: [HP].
-        traced: whether the change of the state is wanted; 0 if not. All others as in :func:`convolve_rows` and
-            :func:`mixer_rows`.
-
-    Returns:
-        What a :class:`~model.ops.ssd.StepTrace` holds, in its order.
+        projected: [B, L, z | x B C | dt]. log_stretch: [B, L] logarithm of the bytes that a step stands for.
+        lengths: [B] positions that count. columns: [B] of the state that run, at most N.
+        conv_state: [B, d_conv - 1, C] before the first position, not changed.
+        ssm_state: [B, H, P, N], advanced in place.
+        before: [B, c, H, P, N], filled with the state before each chunk of ``chunk_size`` positions that counts,
+            mixed: [B, L, x | B | C], filled with what was convolved, and steps: [B, H, L], filled with dt; nobody wants
+            them where c is 0. By head, since threads that write side by side wait for each other.
+        gated: [B, L, HP], filled with gated outputs where a position counts.
+        levels: sizes that the state may run at. level_scale: of C at each of them but the last.
+        conv_weight: [C, d_conv]. conv_bias: [C].
+        dt_bias, A_log, D: [H]. exponent: [H], of the stretch. least_dt, most_dt: limits of the step size.
     """
-    count = rows.shape[0]
-    heads, headdim = ssm_state.shape[1:3]
-    inner = heads * headdim
-    channels, taps = conv_weight.shape
+    headdim, channels = ssm_state.shape[2], conv_bias.shape[0]
+    inner = ssm_state.shape[1] * headdim
     d_state = (channels - inner) // 2
-    by_tap = conv_weight.T.copy()
-    projected = project_rows(norm_rows(hidden, norm, eps), in_proj)
-    keys = np.empty((count, d_state), np.float32)
-    queries = np.empty((count, d_state), np.float32)
-    steps = np.empty((count, heads), np.float32)
-    log_decay = np.empty((count, heads), np.float32)
-    change = np.zeros(count)
-    gated = np.empty((count, inner), np.float32)
-    mixed = np.empty(channels, np.float32)
-    old = np.empty(ssm_state.shape[2:], np.float32)
-    for i in range(count):
-        window, new = conv_state[rows[i]], projected[i, inner : inner + channels]
-        mixed[:] = conv_bias
-        for k in range(taps - 1):
-            _add_tap(mixed, window[k], by_tap[k])
-        _add_tap(mixed, new, by_tap[taps - 1])
-        _silu(mixed)
-        _scale_keys(mixed, inner, d_state, columns[i], levels, level_scale)
-        for k in range(taps - 2):
-            window[k] = window[k + 1]
-        window[taps - 2] = new
-        keys[i], queries[i] = mixed[inner : inner + d_state], mixed[inner + d_state :]
-        for h in range(heads):
-            now, part = ssm_state[rows[i], h], slice(h * headdim, (h + 1) * headdim)
-            size = projected[i, inner + channels + h] + dt_bias[h]
-            steps[i, h] = _step_size(size, exponent[h], log_stretch[i], least_dt, most_dt)
-            log_decay[i, h] = -steps[i, h] * math.exp(A_log[h])
-            x, out, decay = mixed[part], gated[i, part], np.float32(math.exp(log_decay[i, h]))
-            if traced:
-                old[:] = now
-            _advance_head(now, columns[i], x, keys[i], queries[i], steps[i, h], decay, out)
-            if traced:
-                change[i] += _distance(now, old)
-            _skip_and_gate(out, x, D[h], projected[i, part])
-    hidden += project_rows(norm_rows(gated, gate_norm, eps), out_proj)
-    return keys, queries, steps, log_decay, change
+    low, high = first * headdim, last * headdim
+    traced, by_tap = before.shape[1] > 0, conv_weight.T.copy()
+    keys = np.empty((_REACH, channels - inner), np.float32)
+    inputs = np.empty((_REACH, high - low), np.float32)
+    for b in range(projected.shape[0]):
+        count, raw, window = lengths[b], projected[b], conv_state[b]
+        for start in range(0, count, _REACH):
+            end = min(start + _REACH, count)
+            _convolve(raw, window, start, end, inner, by_tap, conv_bias, inner, channels, keys)
+            _convolve(raw, window, start, end, inner, by_tap, conv_bias, low, high, inputs)
+            for t in range(start, end):
+                _scale_keys(keys[t - start], 0, d_state, columns[b], levels, level_scale)
+                if traced:
+                    mixed[b, t, low:high] = inputs[t - start]
+                    if first == 0:
+                        mixed[b, t, inner:] = keys[t - start]
+            for h in range(first, last):
+                now, part = ssm_state[b, h], slice(h * headdim, (h + 1) * headdim)
+                own, rate = slice((h - first) * headdim, (h - first + 1) * headdim), math.exp(A_log[h])
+                for t in range(start, end):
+                    if traced and t % chunk_size == 0:
+                        before[b, t // chunk_size, h] = now
+                    size = projected[b, t, inner + channels + h] + dt_bias[h]
+                    size = _step_size(size, exponent[h], log_stretch[b, t], least_dt, most_dt)
+                    if traced:
+                        steps[b, h, t] = size
+                    x, out, key = inputs[t - start, own], gated[b, t, part], keys[t - start]
+                    decay = np.float32(math.exp(-size * rate))
+                    _advance_head(now, columns[b], x, key, key[d_state:], size, decay, out)
+                    _skip_and_gate(out, x, D[h], projected[b, t, part])
 
 
 @njit(cache=True, nogil=True)
@@ -382,7 +335,163 @@ def hold_rows(
         if fired[b]:
             fires[b] += 1
             last_fire[b] = positions[b]
+            output[b] += held[b]  # age 0
+            continue
         log_age = np.float32(math.log1p(positions[b] - last_fire[b]))
         for d in range(hidden.shape[1]):
             output[b, d] += np.float32(math.exp(-power[d] * log_age)) * held[b, d]
     return output
+
+
+@njit(cache=True, nogil=True)
+def block_rows(
+    rows: Integers,
+    hidden: Singles,
+    log_stretch: Singles,
+    columns: Integers,
+    traced: bool,
+    trace: tuple[Singles, Singles, Singles, Singles, Floats],
+    levels: Integers,
+    level_scale: Singles,
+    conv_weight: Singles,
+    conv_bias: Singles,
+    dt_bias: Singles,
+    A_log: Singles,
+    D: Singles,
+    exponent: Singles,
+    gate_norm: Singles,
+    in_proj: Singles,
+    out_proj: Singles,
+    norm: Singles,
+    least_dt: float,
+    most_dt: float,
+    gate_eps: float,
+    eps: float,
+    conv_state: Singles,
+    ssm_state: Singles,
+) -> None:  # pragma: no cover - compiled
+    """One decoding step of a residual block for some rows of a batch; their state is advanced in place.
+
+    Args:
+        rows: [n] rows of the state. hidden: [n, D], the residual update is added in place.
+        log_stretch: [n]. columns: [n].
+        traced: whether the trace is wanted: what a :class:`~model.ops.ssd.StepTrace` holds, in its order, filled.
+        norm: [D]. in_proj: [z | x B C | dt, D]. gate_norm: [HP]. out_proj: [D, HP].
+        conv_state: [B, d_conv - 1, C]. ssm_state: [B, H, P, N]. All others as in :func:`mixer_rows`.
+    """
+    count = rows.shape[0]
+    heads, headdim = ssm_state.shape[1:3]
+    inner = heads * headdim
+    channels, taps = conv_weight.shape
+    d_state = (channels - inner) // 2
+    by_tap = conv_weight.T.copy()
+    projected = project_rows(norm_rows(hidden, norm, eps), in_proj)
+    gated = np.empty((count, inner), np.float32)
+    mixed = np.empty(channels, np.float32)
+    old = np.empty(ssm_state.shape[2:], np.float32)
+    for i in range(count):
+        window, new = conv_state[rows[i]], projected[i, inner : inner + channels]
+        mixed[:] = conv_bias
+        for k in range(taps - 1):
+            _add_tap(mixed, window[k], by_tap[k])
+        _add_tap(mixed, new, by_tap[taps - 1])
+        _silu(mixed)
+        _scale_keys(mixed, inner, d_state, columns[i], levels, level_scale)
+        for k in range(taps - 2):
+            window[k] = window[k + 1]
+        window[taps - 2] = new
+        key, query, change = mixed[inner : inner + d_state], mixed[inner + d_state :], 0.0
+        for h in range(heads):
+            now, part = ssm_state[rows[i], h], slice(h * headdim, (h + 1) * headdim)
+            size = projected[i, inner + channels + h] + dt_bias[h]
+            size = _step_size(size, exponent[h], log_stretch[i], least_dt, most_dt)
+            log_decay = np.float32(-size * math.exp(A_log[h]))
+            x, out, decay = mixed[part], gated[i, part], np.float32(math.exp(log_decay))
+            if traced:
+                old[:] = now
+            _advance_head(now, columns[i], x, key, query, size, decay, out)
+            if traced:
+                change += _distance(now, old)
+                trace[2][i, h], trace[3][i, h] = size, log_decay
+            _skip_and_gate(out, x, D[h], projected[i, part])
+        if traced:
+            trace[0][i], trace[1][i], trace[4][i] = key, query, change
+    hidden += project_rows(norm_rows(gated, gate_norm, gate_eps), out_proj)
+
+
+@njit(cache=True, nogil=True)
+def encode_rows(
+    tokens: Integers,
+    embedding: Singles,
+    rows: Integers,
+    traced: bool,
+    trace: tuple[Singles, Singles, Singles, Singles, Floats],
+    blocks: tuple[Any, ...],
+) -> Singles:  # pragma: no cover - compiled
+    """Encoder outputs [n, D] of one step for some rows of a batch.
+
+    Args:
+        tokens: [n]. embedding: [V, D]. rows: [n] rows of the states. traced, trace: as in :func:`block_rows`.
+        blocks: a tuple for each block, with the last arguments of :func:`block_rows`.
+    """
+    hidden = np.empty((tokens.shape[0], embedding.shape[1]), np.float32)
+    for i in range(tokens.shape[0]):
+        hidden[i] = embedding[tokens[i]]
+    stretch = np.zeros(tokens.shape[0], np.float32)
+    for block in blocks:
+        columns = np.full(tokens.shape[0], block[-1].shape[3])
+        block_rows(rows, hidden, stretch, columns, traced, trace, *block)
+    return hidden
+
+
+@njit(cache=True, nogil=True)
+def decode_rows(
+    fired: Booleans,
+    rates: Floats,
+    hidden: Singles,
+    rows: Integers,
+    columns: Integers,
+    trunk_layers: int,
+    blocks: tuple[Any, ...],
+    down: Singles,
+    up: Singles,
+    raw_fading: Singles,
+    final_norm: Singles,
+    eps: float,
+    head: Singles,
+    held: Singles,
+    last_fire: Integers,
+    fires: Integers,
+    quota: Floats,
+    positions: Integers,
+) -> Singles:  # pragma: no cover - compiled
+    """Logits [n, V] of one step from the encoder outputs [n, d_model]: trunk where it fires, hold, decoder and head.
+
+    Args:
+        fired: [n]. rates: [n]. rows: [n] rows of the blocks' states. columns: [n] of the trunk's state that run.
+        blocks: a tuple for each block of trunk and decoder, as of :func:`encode_rows`. trunk_layers: of the trunk.
+        down: [d_trunk, d_model] and up: [d_model, d_trunk] of the router; empty where the widths are equal.
+        head: [V, d_model]. All others as in :func:`hold_rows`.
+    """
+    no_trace = np.empty((0, 0), np.float32), np.empty((0, 0), np.float32)
+    trace = (*no_trace, *no_trace, np.empty(0))
+    index = np.flatnonzero(fired)
+    if len(index):
+        stretch = np.empty(len(index), np.float32)
+        selected = np.empty((len(index), hidden.shape[1]), np.float32)
+        for i, row in enumerate(index):
+            stretch[i] = math.log(positions[row] + 1 - last_fire[row])
+            selected[i] = hidden[row]
+        entered = project_rows(selected, down) if down.shape[0] else selected
+        left = entered.copy()
+        for i in range(trunk_layers):
+            block_rows(rows[index], left, stretch, columns[index], False, trace, *blocks[i])
+        update = project_rows(left - entered, up) if up.shape[0] else left - entered
+        for i, row in enumerate(index):
+            held[row] = update[i]
+    output = hold_rows(fired, rates, hidden, raw_fading, held, last_fire, fires, quota, positions)
+    stretch = np.zeros(len(rows), np.float32)
+    for i in range(trunk_layers, len(blocks)):
+        full = np.full(len(rows), blocks[i][-1].shape[3])
+        block_rows(rows, output, stretch, full, False, trace, *blocks[i])
+    return project_rows(norm_rows(output, final_norm, eps), head)

@@ -31,6 +31,11 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
     parser.add_argument("--initial", type=Path, help="checkpoint to start from, its shape included; fresh optimiser")
+    parser.add_argument(
+        "--grow",
+        type=Path,
+        help="plain checkpoint whose blocks become encoder and decoder, around a new trunk",
+    )
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--minutes", type=float, help="stop and save after this long")
@@ -58,6 +63,8 @@ def run_train(arguments: argparse.Namespace) -> int:
 def _run_train(arguments: argparse.Namespace) -> int:
     if arguments.initial and arguments.shape:
         raise ValueError("--shape cannot change the shape of --initial, which is the checkpoint's")
+    if arguments.initial and arguments.grow:
+        raise ValueError("--initial and --grow are two ways to begin")
     training = {name: value for name, value in vars(arguments).items() if name in TrainingConfig.model_fields}
     weights = {} if arguments.weights is None else {"weights": arguments.weights}
     recipe = read_recipe(arguments.recipe, {"model": arguments.shape, "training": training, "data": weights})
@@ -67,6 +74,7 @@ def _run_train(arguments: argparse.Namespace) -> int:
             output=arguments.output,
             resume=arguments.resume,
             initial=arguments.initial,
+            grow=arguments.grow,
             device=device,
             minutes=arguments.minutes,
         )

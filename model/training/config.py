@@ -35,7 +35,10 @@ class TrainingConfig(StrictModel):
     plain: bool = False
     """Train at full resolution only: the plain Mamba-2 to compare with."""
     full_weight: float = Field(default=0.5, ge=0, le=1)
-    """Share of the full-resolution loss; the rest belongs to the reduced pass over the same bytes."""
+    """Share of the full-resolution loss; what full resolution and floor leave belongs to a reduced pass over the same
+    bytes."""
+    floor_weight: float = Field(default=0.0, ge=0, le=1)
+    """Share of the loss of a pass whose trunk never fires, in every step."""
     floor_share: float = Field(default=0.33, ge=0, le=1)
     """Share of steps whose reduced pass never fires."""
     uniform_share: float = Field(default=0.2, ge=0, le=1)

@@ -20,6 +20,7 @@ from model.training.data import Corpus
 from model.training.distributed import ALONE, Ranks
 from model.training.faults import TrainingError, explain
 from model.training.firing import sample_reduced
+from model.training.grow import grow
 from model.training.log import Means, TrainingLog, peak_memory
 from model.training.optimizer import AdaptiveOptimizer
 from model.training.recipe import Recipe
@@ -36,6 +37,8 @@ class Run:
     resume: bool = False
     initial: Path | None = None
     """A checkpoint to start from, with a fresh optimiser."""
+    grow: Path | None = None
+    """A plain checkpoint to start from, around which the recipe's trunk grows."""
     device: str = "cpu"
     minutes: float | None = None
     """Stop (and save) after this long; resume goes on with the same schedule."""
@@ -105,7 +108,7 @@ class _Trainer:
         self.model = _build(run, recipe, None if state is None else state.shape)
         self._optimizer = AdaptiveOptimizer(self.model, config, ranks)
         self.step, self.saved = 0, None if state is None else state.step
-        self._seconds, self._bytes_before = 0.0, _bytes_of(run.initial)
+        self._seconds, self._bytes_before = 0.0, _bytes_of(run.initial or run.grow)
         if state is not None:
             self.model.load_state_dict(state.model)
             self._optimizer.load_state_dict(state.optimizer)
@@ -205,6 +208,8 @@ def _build(run: Run, recipe: Recipe, resumed: ModelConfig | None) -> AdaptiveAtt
         if read_config(run.initial).special_tokens is not None:
             raise TrainingError(f"training reads bytes, and the tokens of {run.initial} are subwords")
         model = load_checkpoint(run.initial)
+    elif run.grow is not None:
+        model = grow(load_checkpoint(run.grow), recipe.model)
     else:  # one that is trained at full resolution only is not adapted to others
         adapted = recipe.model.adapted and not recipe.training.plain
         model = AdaptiveAttentionSystem(recipe.model.model_copy(update={"adapted": adapted}))

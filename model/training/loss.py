@@ -56,10 +56,10 @@ def compute_loss(
         model.combine(encoded.hidden, fires, model.allocate_state(len(tokens), d_state=reduced.d_state))
     )
     cost = cross_entropy(logits, targets)
-    weight = config.full_weight
-    task = weight * full.mean() + (1.0 - weight) * cost.mean() + config.exit_weight * exit_loss
-    with torch.no_grad():
+    with torch.set_grad_enabled(config.floor_weight > 0.0):
         floor = cost if reduced.rate == 0 else pass_cost(model, encoded, torch.zeros_like(fires), targets)
+    task = config.full_weight * full.mean() + config.floor_weight * floor.mean() + config.exit_weight * exit_loss
+    task = task + (1.0 - config.full_weight - config.floor_weight) * cost.mean()
     information = divergence(logits, full_logits) + density_regression(
         model,
         density,
@@ -71,7 +71,9 @@ def compute_loss(
     if config.lambda_compute > 0.0 and model.cost.analysed(reduced.rate) and not reduced.uniform:
         loss.total = loss.total + config.lambda_compute * compute_error(model, density, reduced.rate)
     loss.bits["exit"] = exit_loss.item() / math.log(2.0)
-    loss.bits["floor" if reduced.rate == 0 else "reduced"] = cost.mean().item() / math.log(2.0)
+    loss.bits["floor"] = floor.mean().item() / math.log(2.0)
+    if reduced.rate > 0:
+        loss.bits["reduced"] = cost.mean().item() / math.log(2.0)
     return loss
 
 

@@ -1,0 +1,169 @@
+"""Stacks of residual blocks on a CPU, by compiled loops and matrix products that are cut the same way for any threads.
+
+The plain twins are the tensor operations of :mod:`model.layers.mamba2`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.layers.views import BlockViews
+from model.ops.parallel import loop_threads, own_threads, share
+from model.ops.recurrent import keep_window, mixer_rows, norm_rows
+from model.ops.ssd import ScanTrace
+from model.state import BlockState
+
+PIECE = 256
+"""Positions of one matrix product. A longer one may be cut by its library depending on the threads, and change bits."""
+SHARED_FROM = 64
+"""Positions from which a pass is shared among threads: fewer are read faster by one."""
+SCRATCH_SIZE = 1 << 22
+"""Numbers of an intermediate result up to which its memory is kept for the next pass."""
+
+_kept = threading.local()
+
+
+def read_stack(
+    blocks: Sequence[BlockViews],
+    hidden: Tensor,
+    states: Sequence[BlockState],
+    stretch: Tensor | None = None,
+    lengths: Tensor | None = None,
+    columns: Tensor | None = None,
+    *,
+    traced: bool = False,
+) -> tuple[Tensor, tuple[BlockState, ...], ScanTrace | None]:
+    """Read L positions by a stack of blocks of one shape, shared among threads if it is enough for them; no gradient.
+
+    What one block adds and what the next one projects are of the same positions, so that threads meet twice a block.
+
+    Args:
+        hidden: [B, L, D]. states: before them, not changed.
+        stretch: [B, L] bytes per step, at least 1; None for 1.
+        lengths: [B] positions that count; what stands beyond is padding. None: all.
+        columns: [B] of the state that run; None for all of them. traced: whether the last block's trace is wanted.
+
+    Returns:
+        output [B, L, D], the states after, and the trace.
+    """
+    batch, length, width = hidden.shape
+    threads = loop_threads() if batch * length >= SHARED_FROM else 1
+    flat = hidden.reshape(-1, width).clone()
+    if not blocks:
+        return hidden, (), None
+    projected = _scratch("projected", batch * length, blocks[0].in_proj.shape[1])
+    gated = _scratch("gated", batch * length, blocks[0].out_proj.shape[0])
+    if lengths is not None:
+        gated.zero_()  # padding has no outputs
+    cuts = [
+        (row + start, row + min(start + PIECE, length))
+        for row in range(0, batch * length, length)
+        for start in range(0, length, PIECE)
+    ]
+    positions = (
+        torch.zeros(batch, length) if stretch is None else stretch.log(),
+        torch.full((batch,), length) if lengths is None else lengths,
+    )
+    after: list[BlockState] = []
+    trace = done = None
+    with own_threads():
+        for views, state in zip(blocks, states, strict=True):
+            project = partial(_add_and_project, flat, gated, projected, done, views)
+            share(_each(project, cuts), len(cuts), threads)
+            wanted = traced and views is blocks[-1]
+            new, trace = _mix(views, projected, gated, positions, columns, state, threads, traced=wanted)
+            after.append(new)
+            done = views
+        share(_each(partial(_add_and_project, flat, gated, projected, done, None), cuts), len(cuts), threads)
+    return flat.view(batch, length, width), tuple(after), trace
+
+
+def _scratch(name: str, rows: int, width: int) -> Tensor:
+    """Room [rows, width] for what lasts as long as one pass; the calling thread gets the same again.
+
+    New memory is cleared page by page when it is first touched, which takes a tenth of the time of a pass.
+    """
+    if rows * width > SCRATCH_SIZE:
+        return torch.empty(rows, width)
+    if getattr(_kept, name, None) is None or len(getattr(_kept, name)) < rows * width:
+        with torch.inference_mode(False):
+            setattr(_kept, name, torch.empty(rows * width))
+    room: Tensor = getattr(_kept, name)[: rows * width]
+    return room.view(rows, width)
+
+
+def _each(work: Callable[[int, int], None], cuts: list[tuple[int, int]]) -> Callable[[int, int], None]:
+    """``work`` on some of the cuts, for a thread that has settings of its own."""
+    inference = torch.is_inference_mode_enabled()
+
+    def run(start: int, end: int) -> None:
+        with torch.inference_mode(inference), torch.no_grad():
+            for cut in cuts[start:end]:
+                work(*cut)
+
+    return run
+
+
+def _add_and_project(
+    flat: Tensor,
+    gated: Tensor,
+    projected: Tensor,
+    done: BlockViews | None,
+    coming: BlockViews | None,
+    start: int,
+    end: int,
+) -> None:
+    """At some rows: add what one block has computed to ``flat`` [BL, D], then normalise and project for the next."""
+    rows = flat[start:end]
+    if done is not None:
+        rows.addmm_(_normalised(gated[start:end], done.gate_norm), done.out_proj)
+    if coming is not None:
+        torch.mm(_normalised(rows, coming.norm), coming.in_proj, out=projected[start:end])
+
+
+def _mix(
+    views: BlockViews,
+    projected: Tensor,
+    gated: Tensor,
+    positions: tuple[Tensor, Tensor],
+    columns: Tensor | None,
+    state: BlockState,
+    threads: int,
+    *,
+    traced: bool,
+) -> tuple[BlockState, ScanTrace | None]:
+    """From projections [BL, z | x B C | dt] to gated outputs [BL, HP], the state after, and the trace."""
+    log_stretch, lengths = positions
+    batch, length = log_stretch.shape
+    heads, headdim, width = state.ssm_state.shape[1:]
+    columns = torch.full((batch,), width) if columns is None else columns
+    after = BlockState(*(value.clone(memory_format=torch.contiguous_format) for value in state.tensors()))
+    chunks = -(-length // views.chunk_size) if traced else 0
+    before = torch.zeros(batch, chunks, *after.ssm_state.shape[1:])
+    mixed = torch.empty(batch, length if traced else 0, state.conv_state.shape[-1])
+    steps = torch.zeros(batch, heads, length if traced else 0)
+    tensors = (
+        projected.view(batch, length, -1), log_stretch, lengths, columns, state.conv_state.contiguous(),
+        after.ssm_state, before, mixed, steps, gated.view(batch, length, -1),
+    )  # fmt: skip
+    arguments = [*(value.numpy() for value in tensors), views.chunk_size, *views.mixer]
+    share(lambda first, last: mixer_rows(first, last, *arguments), heads, threads)
+    inner = heads * headdim
+    keep_window(arguments[0], arguments[2], after.conv_state.numpy(), inner)
+    if not traced:
+        return after, None
+    x, keys = mixed.split([inner, mixed.shape[-1] - inner], dim=-1)
+    B, C = (part[..., :width] for part in keys.chunk(2, dim=-1))
+    A = -torch.from_numpy(views.A_log).exp()
+    return after, ScanTrace(x.unflatten(-1, (heads, headdim)), steps.transpose(1, 2), A, B, C, before)
+
+
+def _normalised(rows: Tensor, norm: tuple[Any, float]) -> Tensor:
+    weight, eps = norm
+    return torch.from_numpy(norm_rows(rows.numpy(), weight, eps))
