@@ -7,6 +7,7 @@ operations, so the fast one works on numpy views of the same memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -20,11 +21,15 @@ from model.adaptive.tiling import TileManager
 from model.config import ModelConfig
 from model.layers.mamba2 import AdaptiveMambaBlock
 from model.layers.norm import RMSNorm
-from model.ops.recurrent import decode_rows, encode_rows, norm_rows, project_rows
+from model.ops.parallel import loop_threads, own_helper
+from model.ops.recurrent import decode_rows, encode_rows, help_rows, norm_rows, project_rows
 from model.ops.ssd import StepTrace
 from model.state import BlockState, ModelState
 
 _NOTHING = np.empty((0, 0), np.float32)
+_ALONE = (np.empty(0, np.int64), np.empty((0, 0, 0), np.float32), np.empty((0, 0, 0), np.float32))
+HELPED_ROWS = 2
+"""Rows up to which a step is bound by reading its weights, which two threads do faster."""
 _NO_TRACE = (_NOTHING, _NOTHING, _NOTHING, _NOTHING, np.empty(0))
 
 
@@ -71,6 +76,10 @@ class SystemViews:
     """[d_model, d_trunk]."""
     raw_fading: Any
     """[d_model]."""
+    matrices: tuple[Any, ...]
+    """Projections of the blocks, two each, in the order of a step."""
+    largest: tuple[int, int]
+    """Most inputs, and most outputs, of one of them."""
 
 
 def make_views(system: System) -> SystemViews:
@@ -81,6 +90,8 @@ def make_views(system: System) -> SystemViews:
 
     stacks = (system.encoder, system.trunk, system.decoder)
     encoder, trunk, decoder = (tuple(cast(AdaptiveMambaBlock, block) for block in stack) for stack in stacks)
+    mixers = [block.mixer for block in (*encoder, *trunk, *decoder)]
+    matrices = tuple(array(weight) for mixer in mixers for weight in (mixer.in_proj.weight, mixer.out_proj.weight))
     router = system.router
     return SystemViews(
         encoder=encoder,
@@ -93,6 +104,8 @@ def make_views(system: System) -> SystemViews:
         down=_NOTHING if router.down is None else array(router.down.weight),
         up=_NOTHING if router.up is None else array(router.up.weight),
         raw_fading=array(router.raw_fading),
+        matrices=matrices,
+        largest=(max(matrix.shape[1] for matrix in matrices), max(matrix.shape[0] for matrix in matrices)),
     )
 
 
@@ -172,19 +185,36 @@ def step_compiled(system: System, tokens: Tensor, state: ModelState, rates: Tens
     analysed = len(chosen) > 0
     trace = _make_trace(system, len(places)) if analysed else _NO_TRACE
     encoder = _with_states(views.encoder, state.encoder)
-    hidden = encode_rows(tokens.numpy(), views.embedding, places, analysed, trace, encoder)
-    if analysed:
-        outputs = hidden[chosen]
-        logits = project_rows(norm_rows(outputs, *views.exit_norm), views.head)
-        density = system.density.step_rows(outputs, logits, trace, state.density, chosen)
-        fired[chosen] = system.tiles.fire_rows(density, wanted, router, chosen)
-    later = _with_states(views.trunk, state.trunk) + _with_states(views.decoder, state.decoder)
-    counters = (router.held, router.last_fire, router.fires, router.quota, router.positions)
-    logits = decode_rows(
-        fired, wanted, hidden, places, state.columns.numpy(), len(views.trunk), later, views.down, views.up,
-        views.raw_fading, *views.final_norm, views.head, *(value.numpy() for value in counters),
-    )  # fmt: skip
+    help_wanted = _ask_help(views, len(places))
+    try:
+        hidden = encode_rows(tokens.numpy(), views.embedding, places, help_wanted, analysed, trace, encoder)
+        if analysed:
+            outputs = hidden[chosen]
+            logits = project_rows(norm_rows(outputs, *views.exit_norm), views.head)
+            density = system.density.step_rows(outputs, logits, trace, state.density, chosen)
+            fired[chosen] = system.tiles.fire_rows(density, wanted, router, chosen)
+        later = _with_states(views.trunk, state.trunk) + _with_states(views.decoder, state.decoder)
+        counters = (router.held, router.last_fire, router.fires, router.quota, router.positions)
+        logits = decode_rows(
+            fired, wanted, hidden, places, state.columns.numpy(), help_wanted, len(encoder), len(views.trunk), later,
+            views.down, views.up, views.raw_fading, *views.final_norm, views.head,
+            *(value.numpy() for value in counters),
+        )  # fmt: skip
+    finally:
+        if help_wanted is not _ALONE:
+            help_wanted[0][8] = 1  # the step is over
     return StepOutput(torch.from_numpy(logits), torch.from_numpy(fired))
+
+
+def _ask_help(views: SystemViews, rows: int) -> tuple[Any, Any, Any]:
+    """Somebody's help with the products of a step, if there is an idle thread: desk, inputs, outputs of the helper."""
+    if rows > HELPED_ROWS or loop_threads() == 1:
+        return _ALONE
+    slots, (width, size) = len(views.matrices), views.largest
+    desk = np.zeros(16 * (slots + 1), np.int64)
+    inputs, outputs = np.empty((slots, rows, width), np.float32), np.empty((slots, rows, size), np.float32)
+    asked = own_helper().ask(partial(help_rows, desk, inputs, outputs, views.matrices))
+    return (desk, inputs, outputs) if asked else _ALONE
 
 
 def _with_states(blocks: tuple[AdaptiveMambaBlock, ...], states: tuple[BlockState, ...]) -> tuple[tuple[Any, ...], ...]:

@@ -74,7 +74,7 @@ MUTATIONS = (
     ),
     Mutation(
         "compiled pass: convolution state dropped between pieces", LOOPS,
-        "raw[at] if at >= 0 else conv_state[b, at + taps - 1], by_tap[k])", "raw[max(at, 0)], by_tap[k])", (READING,),
+        "window[at + k + taps - 1, first:last]", "projected[0, low:high]", (READING,),
     ),
     Mutation(
         "pass: a short piece keeps the oldest inputs of the convolution", MIXER,
@@ -140,8 +140,7 @@ MUTATIONS = (
     ),
     Mutation(
         "compiled pass: padding advances a state", LOOPS,
-        "for t in range(start, min(start + _REACH, count)):",
-        "for t in range(start, min(start + _REACH, gated.shape[1])):", (PACKING,),
+        "count, raw, window = lengths[b],", "count, raw, window = gated.shape[1],", (PACKING,),
     ),
     Mutation(
         "plain pass: padding advances a state", MIXER,
@@ -168,6 +167,15 @@ MUTATIONS = (
     Mutation(
         "fused: no gradient through the size that the gated norm divides by", "model/ops/fused.py",
         " - gated[c] * shrink", "", ("tests/model/ops/test_fused.py",),
+    ),
+    Mutation(
+        "a helper computes the first row only", LOOPS,
+        "desk[_LINE * (2 * slot + 2) + 1] = rows", "desk[_LINE * (2 * slot + 2) + 1] = 1",
+        ("tests/model/ops/test_help.py",),
+    ),
+    Mutation(
+        "compiled pass: an output is added to the wrong rows", "model/layers/compiled.py",
+        "rows = flat[start:end]", "rows = flat[: end - start]", ("tests/model/ops/test_compiled_rows.py",),
     ),
     Mutation(
         "operations of the density not billed", "model/cost.py",

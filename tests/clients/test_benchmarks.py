@@ -13,7 +13,7 @@ AIPERF_BIN = Path(os.environ["AIPERF_BIN"])
 
 
 def test_guidellm(server: Server, tmp_path: Path) -> None:
-    """Its report was once written with the last request in progress, so that all six are counted at the server."""
+    """It ends once it has seen enough: at times its last request is still in progress, and is given up."""
     before = server.metrics()
     prompts, report = tmp_path / "prompts.txt", tmp_path / "report.json"
     prompts.write_text("".join(f"How many lines does file {number} have?\n" for number in range(8)))
@@ -30,13 +30,16 @@ def test_guidellm(server: Server, tmp_path: Path) -> None:
     totals = benchmark["metrics"]["request_totals"]
     assert totals["successful"] in (5, 6)
     assert totals["errored"] == totals["incomplete"] == 0
+    server.check_idle()
     after = server.metrics()
-    for reason, count in (("length", 6), ("abort", 0), ("error", 0)):
-        name = f'rheostat_request_success_total{{finished_reason="{reason}"}}'
-        assert after[name] - before[name] == count, reason
+    reasons = ("length", "abort", "error")
+    names = [f'rheostat_request_success_total{{finished_reason="{reason}"}}' for reason in reasons]
+    length, abort, error = (after[name] - before[name] for name in names)
+    assert length >= totals["successful"]
+    assert length + abort in (5, 6)
+    assert error == 0
     assert all(json.loads(request["request_args"])["stream"] for request in benchmark["requests"]["successful"])
     assert all(request["output"] for request in benchmark["requests"]["successful"])
-    server.check_idle()
 
 
 def test_aiperf(server: Server, tmp_path: Path) -> None:

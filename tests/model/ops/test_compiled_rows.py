@@ -11,7 +11,7 @@ from model.adaptive.controller import advance, fire_step
 from model.ops.features import density_rows
 from model.ops.recurrent import block_rows
 from model.ops.tiling import fire_rows
-from tests.model.shapes import SMALL, encode_one, random_model, random_tokens, step_through, without_compiled_code
+from tests.model.shapes import encode_one, random_model, random_tokens, step_through, without_compiled_code
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -88,18 +88,6 @@ def test_a_step_without_compiled_code_is_the_same_step(monkeypatch: pytest.Monke
     plain = step_through(model, tokens, rates)
     assert torch.equal(plain[1], compiled[1])
     torch.testing.assert_close(plain[0], compiled[0], atol=1e-4, rtol=1e-4)
-
-
-def test_a_pass_has_the_same_bits_on_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    mixer, hidden = random_model().trunk[0].mixer, torch.randn(2, 70, SMALL.d_trunk)
-    results = []
-    for threads in (1, 2, 3, 100):
-        with monkeypatch.context() as patch, torch.no_grad():
-            patch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-            output, after, _ = mixer(hidden, mixer.zero_state(2, hidden.device))
-        results.append([output, *after.tensors()])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 50])
