@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from model.config import StrictModel
 
@@ -71,3 +71,9 @@ class TrainingConfig(StrictModel):
     """Of validation text, of the length of those in training."""
     save_every: int = Field(default=100, ge=1)
     """Steps between two saved states."""
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        if self.full_weight + self.floor_weight > 1.0:
+            raise ValueError(f"full_weight + floor_weight = {self.full_weight + self.floor_weight:g} must be at most 1")
+        return self
