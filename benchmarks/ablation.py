@@ -1,7 +1,8 @@
 """What each term of the training loss does: tiny models that differ in one weight, trained on this project's files.
 
 ``python -m benchmarks.ablation`` prints JSON. All runs share the seed, the bytes and the held-out texts. ``reduced``
-and ``uniform`` fire at a rate of 0.3, by the causal rule and at a stride.
+and ``uniform`` fire at a rate of 0.3, by the causal rule and at a stride. ``adapted`` starts from the embedded model,
+whose density first forgets what it has learned: there the terms have something to work on.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -40,7 +43,9 @@ TERMS = {
     "no info": {"lambda_info": 0.0},
     "no reduced task": {"full_weight": 1.0},
 }
+ADAPTED = {name: TERMS[name] for name in ("all", "no compute", "no info")} | {"ten times info": {"lambda_info": 1.0}}
 RATE = 0.3
+DIVERGENCE = "divergence of reduced from full (nats per byte)"
 
 
 def read_corpora() -> tuple[Corpus, Corpus]:
@@ -57,15 +62,28 @@ def read_corpora() -> tuple[Corpus, Corpus]:
     return Corpus(splits[0], weights), Corpus(splits[1], weights)
 
 
-def train(corpus: Corpus, config: TrainingConfig, name: str) -> AdaptiveAttentionSystem:
-    """One small model, from the same initial weights as every other."""
-    torch.manual_seed(config.seed)
-    model = AdaptiveAttentionSystem(SHAPE).train()
+def train(model: AdaptiveAttentionSystem, corpus: Corpus, config: TrainingConfig, name: str) -> AdaptiveAttentionSystem:
+    """Train ``model`` on the same bytes as every other."""
+    model.requires_grad_(True).train()
     optimizer = AdaptiveOptimizer(model, config)
     for step in tqdm(range(config.steps), desc=name, mininterval=5):
         tokens = corpus.batch(config.seed, step + 1, config.sequences, config.length)
-        optimizer.optimize_step(tokens, sample_reduced(config, SHAPE, step), step)
-    return model.eval()
+        optimizer.optimize_step(tokens, sample_reduced(config, model.config, step), step)
+    return model.requires_grad_(False).eval()
+
+
+def new_model() -> AdaptiveAttentionSystem:
+    """A small one, with the same weights every time."""
+    torch.manual_seed(0)
+    return AdaptiveAttentionSystem(SHAPE)
+
+
+def forgetful_model() -> AdaptiveAttentionSystem:
+    """The embedded one, with a density whose learned feature is as at first."""
+    torch.manual_seed(0)
+    model = load_checkpoint(EMBEDDED_CHECKPOINT)
+    model.density.load_state_dict(AdaptiveAttentionSystem(model.config).density.state_dict())
+    return model
 
 
 def correlation(one: NDArray[np.floating], other: NDArray[np.floating]) -> float:
@@ -75,8 +93,8 @@ def correlation(one: NDArray[np.floating], other: NDArray[np.floating]) -> float
 
 
 @torch.no_grad()
-def measure(model: AdaptiveAttentionSystem, tokens: Tensor) -> dict[str, float]:
-    """What the terms are about, on held-out texts [B, L + 1]."""
+def measure(model: AdaptiveAttentionSystem, tokens: Tensor) -> tuple[dict[str, float], Tensor]:
+    """What the terms are about, on held-out texts [B, L + 1]; and the divergence of each [B]."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     encoded = model.encode(inputs, model.allocate_state(len(inputs)).encoder)
     features, _ = model.features(encoded, model.allocate_state(len(inputs)).density)
@@ -88,20 +106,43 @@ def measure(model: AdaptiveAttentionSystem, tokens: Tensor) -> dict[str, float]:
     even = np.stack([model.tiles.evenly(inputs.shape[1], RATE, START) for _ in smoothed]).astype(bool)
     expected = expected_rates(density, RATE, model.density.window_size, model.tiles.spread)
     passes = {"full": None, "reduced": fires, "uniform": even, "floor": np.zeros_like(fires)}
-    costs = {
-        name: cross_entropy(model(inputs, None if chosen is None else torch.from_numpy(chosen)), targets)
+    logits = {
+        name: model(inputs, None if chosen is None else torch.from_numpy(chosen)).log_softmax(-1)
         for name, chosen in passes.items()
     }
+    costs = {name: cross_entropy(values, targets) for name, values in logits.items()}
+    divergence = F.kl_div(logits["reduced"], logits["full"], log_target=True, reduction="none").sum(-1).mean(1)
     lost = (costs["floor"] - costs["full"]).numpy() / math.log(2.0)
     runs = slice(0, inputs.shape[1] // 64 * 64)
     by_run = [value[:, runs].reshape(-1, 64).mean(1) for value in (density.numpy(), lost)]
     share = model.cost.unit.trunk / model.cost.full_flops(1, 1)
     figures = {f"{name} (bits per byte)": float(cost.mean()) / math.log(2.0) for name, cost in costs.items()}
-    return figures | {
+    figures |= {
+        DIVERGENCE: float(divergence.mean()),
         "expected compute, RMS error over texts": share * float((expected - RATE).square().mean().sqrt()),
         "correlation of density and loss, per byte": correlation(density.numpy(), lost),
         "correlation of density and loss, per 64 bytes": correlation(*by_run),
     }
+    return figures, divergence
+
+
+def compare(
+    terms: dict[str, dict[str, float]],
+    start: Callable[[], AdaptiveAttentionSystem],
+    corpora: tuple[Corpus, Tensor],
+    config: TrainingConfig,
+) -> dict[str, dict[str, float]]:
+    """Figures of a model per choice of terms, and how its divergence differs from that with all of them, +- 95 %."""
+    training, held_out = corpora
+    results: dict[str, dict[str, float]] = {}
+    divergences: dict[str, Tensor] = {}
+    for name, weights in terms.items():
+        model = train(start(), training, config.model_copy(update=weights), name)
+        results[name], divergences[name] = measure(model, held_out)
+        difference = divergences[name] - divergences["all"]
+        half = 1.96 * float(difference.std()) / math.sqrt(len(difference))
+        results[name] |= {"divergence over all terms'": float(difference.mean()), "its 95 % half-width": half}
+    return results
 
 
 def fit_density(training: Tensor, held_out: Tensor, weight: float) -> dict[str, float]:
@@ -153,15 +194,17 @@ def main() -> None:
     arguments = parser.parse_args()
     training, held_out = read_corpora()
     tokens = held_out.batch(1, 0, arguments.texts, arguments.length)
-    results = {}
-    for name, weights in TERMS.items():
-        config = TrainingConfig(
-            steps=arguments.steps, sequences=4, length=arguments.length, floor_share=0.2, uniform_share=0.1
-        ).model_copy(update=weights)
-        results[name] = measure(train(training, config, name), tokens)
+    shared = TrainingConfig(steps=arguments.steps, floor_share=0.2, uniform_share=0.1)
+    small = shared.model_copy(update={"length": arguments.length})
+    results = compare(TERMS, new_model, (training, tokens), small)
+    longer = held_out.batch(3, 0, arguments.texts, 4 * arguments.length)
+    gentle = {"sequences": 2, "length": 4 * arguments.length, "learning_rate": 5e-4, "warmup": 5, "cooldown": 0.5}
+    adapting = shared.model_copy(update=gentle)
+    adapted = compare(ADAPTED, forgetful_model, (training, longer), adapting)
     texts = training.batch(2, 0, arguments.texts, 4 * arguments.length), held_out.batch(2, 0, 16, 4 * arguments.length)
     fitted = {f"lambda_compute = {weight}": fit_density(*texts, weight) for weight in (0.0, 1.0, 10.0)}
-    print(json.dumps(describe_machine() | {"rate": RATE, "trained": results, "density alone": fitted}, indent=2))
+    figures = {"rate": RATE, "trained": results, "adapted": adapted, "density alone": fitted}
+    print(json.dumps(describe_machine() | figures, indent=2))
 
 
 if __name__ == "__main__":

@@ -187,7 +187,8 @@ def step_compiled(system: System, tokens: Tensor, state: ModelState, rates: Tens
     encoder = _with_states(views.encoder, state.encoder)
     help_wanted = _ask_help(views, len(places))
     try:
-        hidden = encode_rows(tokens.contiguous().numpy(), views.embedding, places, help_wanted, analysed, trace, encoder)
+        read = tokens.contiguous().numpy()
+        hidden = encode_rows(read, views.embedding, places, help_wanted, analysed, trace, encoder)
         if analysed:
             outputs = hidden[chosen]
             logits = project_rows(norm_rows(outputs, *views.exit_norm), views.head)

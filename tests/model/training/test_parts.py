@@ -27,7 +27,7 @@ def test_the_loss_reaches_every_part_of_the_model() -> None:
     model = random_model().requires_grad_(True).train()
     loss = compute_loss(model, random_tokens(2, 97), REDUCED, TrainingConfig())
     loss.total.backward()
-    assert set(loss.bits) == {"full", "exit", "reduced"}
+    assert set(loss.bits) == {"full", "exit", "reduced", "floor"}
     unused = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     # Used only when the state is resized, which this step does not do.
     assert all("fold" in name or "level_scale" in name for name in unused)
