@@ -76,10 +76,6 @@ class SystemViews:
     """[d_model, d_trunk]."""
     raw_fading: Any
     """[d_model]."""
-    matrices: tuple[Any, ...]
-    """Projections of the blocks, two each, in the order of a step."""
-    largest: tuple[int, int]
-    """Most inputs, and most outputs, of one of them."""
 
 
 def make_views(system: System) -> SystemViews:
@@ -90,8 +86,6 @@ def make_views(system: System) -> SystemViews:
 
     stacks = (system.encoder, system.trunk, system.decoder)
     encoder, trunk, decoder = (tuple(cast(AdaptiveMambaBlock, block) for block in stack) for stack in stacks)
-    mixers = [block.mixer for block in (*encoder, *trunk, *decoder)]
-    matrices = tuple(array(weight) for mixer in mixers for weight in (mixer.in_proj.weight, mixer.out_proj.weight))
     router = system.router
     return SystemViews(
         encoder=encoder,
@@ -104,8 +98,6 @@ def make_views(system: System) -> SystemViews:
         down=_NOTHING if router.down is None else array(router.down.weight),
         up=_NOTHING if router.up is None else array(router.up.weight),
         raw_fading=array(router.raw_fading),
-        matrices=matrices,
-        largest=(max(matrix.shape[1] for matrix in matrices), max(matrix.shape[0] for matrix in matrices)),
     )
 
 
@@ -211,10 +203,12 @@ def _ask_help(views: SystemViews, rows: int) -> tuple[Any, Any, Any]:
     """Somebody's help with the products of a step, if there is an idle thread: desk, inputs, outputs of the helper."""
     if rows > HELPED_ROWS or loop_threads() == 1:
         return _ALONE
-    slots, (width, size) = len(views.matrices), views.largest
+    blocks = (*views.encoder, *views.trunk, *views.decoder)
+    matrices = tuple(matrix for block in blocks for matrix in block.views().matrices)
+    slots, width = len(matrices), max(block.views().width for block in blocks)
     desk = np.zeros(16 * (slots + 1), np.int64)
-    inputs, outputs = np.empty((slots, rows, width), np.float32), np.empty((slots, rows, size), np.float32)
-    asked = own_helper().ask(partial(help_rows, desk, inputs, outputs, views.matrices))
+    inputs, outputs = np.empty((2, slots, rows, width), np.float32)
+    asked = own_helper().ask(partial(help_rows, desk, inputs, outputs, matrices))
     return (desk, inputs, outputs) if asked else _ALONE
 
 

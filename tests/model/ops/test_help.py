@@ -141,3 +141,22 @@ def test_torch_keeps_to_one_thread_while_ours_share() -> None:
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_helper_reads_the_weights_of_a_resized_block(monkeypatch: pytest.MonkeyPatch, two_threads: None) -> None:
+    helper, results = Counting(), []
+    monkeypatch.setattr(model.decoding, "own_helper", lambda: helper)
+    for threads in (2, 1):
+        set_loop_threads(threads)
+        system = random_model()
+        rates = torch.ones(1, dtype=torch.float64)
+        step_through(system, random_tokens(1, 3), rates)
+        for block in system.trunk:
+            block.resize_state_space(8)
+        state = system.allocate_state(1, d_state=None)
+        state.trunk = tuple(block.mixer.zero_state(1, system.device) for block in system.trunk)
+        state.columns.fill_(8)
+        logits = [system.step(column, state, rates).logits for column in random_tokens(1, 40).unbind(1)]
+        results.append(torch.stack(logits))
+    assert helper.asked == 43
+    assert torch.equal(*results)
