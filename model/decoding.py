@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -203,9 +204,9 @@ def _ask_help(views: SystemViews, rows: int) -> tuple[Any, Any, Any]:
     """Somebody's help with the products of a step, if there is an idle thread: desk, inputs, outputs of the helper."""
     if rows > HELPED_ROWS or loop_threads() == 1:
         return _ALONE
-    blocks = (*views.encoder, *views.trunk, *views.decoder)
-    matrices = tuple(matrix for block in blocks for matrix in block.views().matrices)
-    slots, width = len(matrices), max(block.views().width for block in blocks)
+    blocks = [block.views() for stack in (views.encoder, views.trunk, views.decoder) for block in stack]
+    matrices = (*chain.from_iterable(block.matrices for block in blocks), views.head)
+    slots, width = len(matrices), max(len(views.head), *(block.width for block in blocks))
     desk = np.zeros(16 * (slots + 1), np.int64)
     inputs, outputs = np.empty((2, slots, rows, width), np.float32)
     asked = own_helper().ask(partial(help_rows, desk, inputs, outputs, matrices))

@@ -590,4 +590,4 @@ def decode_rows(
     for i in range(trunk_layers, len(blocks)):
         full = np.full(len(rows), blocks[i][-1].shape[3])
         block_rows(rows, output, stretch, full, 2 * (encoder_layers + i), help_wanted, False, trace, *blocks[i])
-    return project_rows(norm_rows(output, final_norm, eps), head)
+    return _project(norm_rows(output, final_norm, eps), head, 2 * (encoder_layers + len(blocks)), help_wanted)
