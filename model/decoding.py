@@ -7,8 +7,6 @@ operations, so the fast one works on numpy views of the same memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -22,15 +20,11 @@ from model.adaptive.tiling import TileManager
 from model.config import ModelConfig
 from model.layers.mamba2 import AdaptiveMambaBlock
 from model.layers.norm import RMSNorm
-from model.ops.parallel import loop_threads, own_helper
-from model.ops.recurrent import decode_rows, encode_rows, help_rows, norm_rows, project_rows
+from model.ops.recurrent import decode_rows, encode_rows, norm_rows, project_rows
 from model.ops.ssd import StepTrace
 from model.state import BlockState, ModelState
 
 _NOTHING = np.empty((0, 0), np.float32)
-_ALONE = (np.empty(0, np.int64), np.empty((0, 0, 0), np.float32), np.empty((0, 0, 0), np.float32))
-HELPED_ROWS = 2
-"""Rows up to which a step is bound by reading its weights, which two threads do faster."""
 _NO_TRACE = (_NOTHING, _NOTHING, _NOTHING, _NOTHING, np.empty(0))
 
 
@@ -178,39 +172,20 @@ def step_compiled(system: System, tokens: Tensor, state: ModelState, rates: Tens
     analysed = len(chosen) > 0
     trace = _make_trace(system, len(places)) if analysed else _NO_TRACE
     encoder = _with_states(views.encoder, state.encoder)
-    help_wanted = _ask_help(views, len(places))
-    try:
-        read = tokens.contiguous().numpy()
-        hidden = encode_rows(read, views.embedding, places, help_wanted, analysed, trace, encoder)
-        if analysed:
-            outputs = hidden[chosen]
-            logits = project_rows(norm_rows(outputs, *views.exit_norm), views.head)
-            density = system.density.step_rows(outputs, logits, trace, state.density, chosen)
-            fired[chosen] = system.tiles.fire_rows(density, wanted, router, chosen)
-        later = _with_states(views.trunk, state.trunk) + _with_states(views.decoder, state.decoder)
-        counters = (router.held, router.last_fire, router.fires, router.quota, router.positions)
-        logits = decode_rows(
-            fired, wanted, hidden, places, state.columns.numpy(), help_wanted, len(encoder), len(views.trunk), later,
-            views.down, views.up, views.raw_fading, *views.final_norm, views.head,
-            *(value.numpy() for value in counters),
-        )  # fmt: skip
-    finally:
-        if help_wanted is not _ALONE:
-            help_wanted[0][8] = 1  # the step is over
+    read = tokens.contiguous().numpy()
+    hidden = encode_rows(read, views.embedding, places, analysed, trace, encoder)
+    if analysed:
+        outputs = hidden[chosen]
+        logits = project_rows(norm_rows(outputs, *views.exit_norm), views.head)
+        density = system.density.step_rows(outputs, logits, trace, state.density, chosen)
+        fired[chosen] = system.tiles.fire_rows(density, wanted, router, chosen)
+    later = _with_states(views.trunk, state.trunk) + _with_states(views.decoder, state.decoder)
+    counters = (router.held, router.last_fire, router.fires, router.quota, router.positions)
+    logits = decode_rows(
+        fired, wanted, hidden, places, state.columns.numpy(), len(views.trunk), later, views.down, views.up,
+        views.raw_fading, *views.final_norm, views.head, *(value.numpy() for value in counters),
+    )  # fmt: skip
     return StepOutput(torch.from_numpy(logits), torch.from_numpy(fired))
-
-
-def _ask_help(views: SystemViews, rows: int) -> tuple[Any, Any, Any]:
-    """Somebody's help with the products of a step, if there is an idle thread: desk, inputs, outputs of the helper."""
-    if rows > HELPED_ROWS or loop_threads() == 1:
-        return _ALONE
-    blocks = [block.views() for stack in (views.encoder, views.trunk, views.decoder) for block in stack]
-    matrices = (*chain.from_iterable(block.matrices for block in blocks), views.head)
-    slots, width = len(matrices), max(len(views.head), *(block.width for block in blocks))
-    desk = np.zeros(16 * (slots + 1), np.int64)
-    inputs, outputs = np.empty((2, slots, rows, width), np.float32)
-    asked = own_helper().ask(partial(help_rows, desk, inputs, outputs, matrices))
-    return (desk, inputs, outputs) if asked else _ALONE
 
 
 def _with_states(blocks: tuple[AdaptiveMambaBlock, ...], states: tuple[BlockState, ...]) -> tuple[tuple[Any, ...], ...]:

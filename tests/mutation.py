@@ -169,11 +169,6 @@ MUTATIONS = (
         " - gated[c] * shrink", "", ("tests/model/ops/test_fused.py",),
     ),
     Mutation(
-        "a helper computes the first row only", LOOPS,
-        "desk[_LINE * (2 * slot + 2) + 1] = rows", "desk[_LINE * (2 * slot + 2) + 1] = 1",
-        ("tests/model/ops/test_help.py",),
-    ),
-    Mutation(
         "compiled pass: an output is added to the wrong rows", "model/layers/compiled.py",
         "rows = flat[start:end]", "rows = flat[: end - start]", ("tests/model/ops/test_compiled_rows.py",),
     ),

@@ -320,8 +320,6 @@ class AdaptiveMambaBlock(Viewed[BlockViews]):
             gate_norm=(arrays[8], mixer.norm.eps),
             A_log=arrays[5],
             chunk_size=mixer.chunk_size,
-            matrices=(arrays[9], arrays[10]),
-            width=max(*arrays[9].shape, *arrays[10].shape),
             mixer=(*arrays[:8], *limits),
             step=(*arrays, *limits, mixer.norm.eps, self.norm.eps),
         )

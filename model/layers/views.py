@@ -56,10 +56,6 @@ class BlockViews:
     A_log: Any
     """[H]."""
     chunk_size: int
-    matrices: tuple[Any, Any]
-    """Both projections as arrays, [z | x B C | dt, D] and [D, HP]."""
-    width: int
-    """Most inputs or outputs of one of them."""
     mixer: tuple[Any, ...]
     """The last arguments of :func:`~model.ops.recurrent.mixer_rows`, from the levels on."""
     step: tuple[Any, ...]

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
-from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -56,39 +55,6 @@ def own_threads() -> Iterator[None]:
     finally:
         torch.set_num_threads(before)
         _chosen.threads = chosen
-
-
-class Helper:
-    """A thread that helps with what it is asked for, if it is idle then."""
-
-    def __init__(self) -> None:
-        self._asked: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._busy = False
-        threading.Thread(target=self._run, name="helper", daemon=True).start()
-
-    def ask(self, work: Callable[[], None]) -> bool:
-        """Whether the helper will do ``work``, at once or a little later. Nobody learns of its end, or of an error."""
-        if self._busy:
-            return False
-        self._busy = True
-        self._asked.put(work)
-        return True
-
-    def _run(self) -> None:
-        while True:
-            work = self._asked.get()
-            try:
-                work()
-            finally:
-                self._busy = False
-
-
-def own_helper() -> Helper:
-    """The calling thread's."""
-    helper: Helper | None = getattr(_chosen, "helper", None)
-    if helper is None:
-        helper = _chosen.helper = Helper()
-    return helper
 
 
 @cache

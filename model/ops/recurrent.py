@@ -11,14 +11,11 @@ Symbols as in :mod:`model.ops.ssd`; n rows of a batch of B take part in a step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,11 +26,6 @@ Singles = NDArray[np.float32]
 # Sums may be reordered into vector registers; infinities and NaN keep their meaning.
 _VECTORS = {"reassoc", "contract", "nsz"}
 _ONE = np.float32(1.0)
-_LINE = 8
-"""Numbers of a cache line."""
-_PART = 32
-"""Outputs of a product that a thread takes at once."""
-_NONE_LEFT = 1 << 40
 _REACH = 16
 """Positions that one head reads before the next does: what the heads share stays in the nearest caches meanwhile."""
 
@@ -84,81 +76,6 @@ def project_rows(x: Singles, weight: Singles) -> Singles:  # pragma: no cover - 
         for i in range(x.shape[0]):
             y[i, v] = _dot(x[i], weight[v])
     return y
-
-
-def _type_fetch_add(_: Any, array: Any, index: Any, value: Any) -> Any:
-    def generate(target: Any, builder: Any, signature: Any, given: Any) -> Any:
-        kind = signature.args[0]
-        numbers = target.make_array(kind)(target, builder, given[0])
-        pointer: Any = cgutils.get_item_pointer
-        place = pointer(target, builder, kind, numbers, [given[1]], wraparound=False)
-        return builder.atomic_rmw("add", place, given[2], "seq_cst")
-
-    assert all(isinstance(kind, types.Integer) for kind in (index, value))
-    return types.int64(array, types.intp, types.int64), generate
-
-
-_fetch_add: Callable[[Integers, int, int], int] = cast(Any, intrinsic(_type_fetch_add))
-"""Add to a number that other threads read and change meanwhile; returns what it was before."""
-
-
-@njit(cache=True, nogil=True)
-def _share_of_product(
-    desk: Integers, slot: int, inputs: Singles, outputs: Singles, weight: Singles
-) -> None:  # pragma: no cover - compiled
-    """Take parts of a product from the desk and do them until none is left; see :func:`help_rows`."""
-    size, width = weight.shape
-    parts, rows = -(-size // _PART), desk[_LINE * (2 * slot + 2) + 1]
-    while True:
-        part = _fetch_add(desk, _LINE * (2 * slot + 2), 1)
-        if part >= parts:
-            return
-        for v in range(part * _PART, min((part + 1) * _PART, size)):
-            for i in range(rows):
-                outputs[slot, i, v] = _dot(inputs[slot, i, :width], weight[v])
-        _fetch_add(desk, _LINE * (2 * slot + 3), 1)
-
-
-@njit(cache=True, nogil=True)
-def help_rows(
-    desk: Integers, inputs: Singles, outputs: Singles, weights: tuple[Singles, ...]
-) -> None:  # pragma: no cover - compiled
-    """Help another thread with the products of its step, as long as it takes; the bits are the same without help.
-
-    One thread reads weights from the memory that cores share at a limited speed, two read twice as fast. Whoever comes
-    takes the next part of a product; nobody waits for a helper who has not come, only for parts that he has taken.
-
-    Args:
-        desk: [16 slots + 16] numbers, 0 at first, in cache lines: products that are ready; whether the step is over;
-            and for each product how many parts were taken, and of how many rows it is; how many parts are done.
-        inputs: [slots, n, D] and outputs: [slots, n, V] of the products, as large as the largest.
-        weights: a matrix for each product, in the order of the step.
-    """
-    for slot in range(len(weights)):
-        while _fetch_add(desk, 0, 0) <= slot:
-            if _fetch_add(desk, _LINE, 0):
-                return
-        _share_of_product(desk, slot, inputs, outputs, weights[slot])
-
-
-@njit(cache=True, nogil=True)
-def _project(
-    x: Singles, weight: Singles, slot: int, help_wanted: tuple[Integers, Singles, Singles]
-) -> Singles:  # pragma: no cover - compiled
-    """:func:`project_rows`, with the help of other threads if there is a desk."""
-    desk, inputs, outputs = help_wanted
-    if not len(desk):
-        return project_rows(x, weight)
-    rows = x.shape[0]
-    for i in range(rows):
-        for d in range(x.shape[1]):
-            inputs[slot, i, d] = x[i, d]
-    desk[_LINE * (2 * slot + 2) + 1] = rows
-    _fetch_add(desk, 0, 1)
-    _share_of_product(desk, slot, inputs, outputs, weight)
-    while _fetch_add(desk, _LINE * (2 * slot + 3), 0) < -(-weight.shape[0] // _PART):
-        pass
-    return outputs[slot, :rows, : weight.shape[0]].copy()
 
 
 @njit(cache=True, nogil=True)
@@ -433,8 +350,6 @@ def block_rows(
     hidden: Singles,
     log_stretch: Singles,
     columns: Integers,
-    slot: int,
-    help_wanted: tuple[Integers, Singles, Singles],
     traced: bool,
     trace: tuple[Singles, Singles, Singles, Singles, Floats],
     levels: Integers,
@@ -461,7 +376,6 @@ def block_rows(
     Args:
         rows: [n] rows of the state. hidden: [n, D], the residual update is added in place.
         log_stretch: [n]. columns: [n].
-        slot: of the first of its two products. help_wanted: desk, inputs and outputs of :func:`help_rows`.
         traced: whether the trace is wanted: what a :class:`~model.ops.ssd.StepTrace` holds, in its order, filled.
         norm: [D]. in_proj: [z | x B C | dt, D]. gate_norm: [HP]. out_proj: [D, HP].
         conv_state: [B, d_conv - 1, C]. ssm_state: [B, H, P, N]. All others as in :func:`mixer_rows`.
@@ -472,7 +386,7 @@ def block_rows(
     channels, taps = conv_weight.shape
     d_state = (channels - inner) // 2
     by_tap = conv_weight.T.copy()
-    projected = _project(norm_rows(hidden, norm, eps), in_proj, slot, help_wanted)
+    projected = project_rows(norm_rows(hidden, norm, eps), in_proj)
     gated = np.empty((count, inner), np.float32)
     mixed = np.empty(channels, np.float32)
     old = np.empty(ssm_state.shape[2:], np.float32)
@@ -503,7 +417,7 @@ def block_rows(
             _skip_and_gate(out, x, D[h], projected[i, part])
         if traced:
             trace[0][i], trace[1][i], trace[4][i] = key, query, change
-    hidden += _project(norm_rows(gated, gate_norm, gate_eps), out_proj, slot + 1, help_wanted)
+    hidden += project_rows(norm_rows(gated, gate_norm, gate_eps), out_proj)
 
 
 @njit(cache=True, nogil=True)
@@ -511,7 +425,6 @@ def encode_rows(
     tokens: Integers,
     embedding: Singles,
     rows: Integers,
-    help_wanted: tuple[Integers, Singles, Singles],
     traced: bool,
     trace: tuple[Singles, Singles, Singles, Singles, Floats],
     blocks: tuple[Any, ...],
@@ -519,8 +432,7 @@ def encode_rows(
     """Encoder outputs [n, D] of one step for some rows of a batch.
 
     Args:
-        tokens: [n]. embedding: [V, D]. rows: [n] rows of the states.
-        help_wanted, traced, trace: as in :func:`block_rows`.
+        tokens: [n]. embedding: [V, D]. rows: [n] rows of the states. traced, trace: as in :func:`block_rows`.
         blocks: a tuple for each block, with the last arguments of :func:`block_rows`.
     """
     hidden = np.empty((tokens.shape[0], embedding.shape[1]), np.float32)
@@ -529,7 +441,7 @@ def encode_rows(
     stretch = np.zeros(tokens.shape[0], np.float32)
     for i in range(len(blocks)):
         columns = np.full(tokens.shape[0], blocks[i][-1].shape[3])
-        block_rows(rows, hidden, stretch, columns, 2 * i, help_wanted, traced, trace, *blocks[i])
+        block_rows(rows, hidden, stretch, columns, traced, trace, *blocks[i])
     return hidden
 
 
@@ -540,8 +452,6 @@ def decode_rows(
     hidden: Singles,
     rows: Integers,
     columns: Integers,
-    help_wanted: tuple[Integers, Singles, Singles],
-    encoder_layers: int,
     trunk_layers: int,
     blocks: tuple[Any, ...],
     down: Singles,
@@ -576,18 +486,13 @@ def decode_rows(
         entered = project_rows(selected, down) if down.shape[0] else selected
         left = entered.copy()
         for i in range(trunk_layers):
-            slot = 2 * (encoder_layers + i)
-            block_rows(rows[index], left, stretch, columns[index], slot, help_wanted, False, trace, *blocks[i])
+            block_rows(rows[index], left, stretch, columns[index], False, trace, *blocks[i])
         update = project_rows(left - entered, up) if up.shape[0] else left - entered
         for i, row in enumerate(index):
             held[row] = update[i]
-    elif len(help_wanted[0]):
-        for slot in range(2 * encoder_layers, 2 * (encoder_layers + trunk_layers)):
-            _fetch_add(help_wanted[0], _LINE * (2 * slot + 2), _NONE_LEFT)
-        _fetch_add(help_wanted[0], 0, 2 * trunk_layers)
     output = hold_rows(fired, rates, hidden, raw_fading, held, last_fire, fires, quota, positions)
     stretch = np.zeros(len(rows), np.float32)
     for i in range(trunk_layers, len(blocks)):
         full = np.full(len(rows), blocks[i][-1].shape[3])
-        block_rows(rows, output, stretch, full, 2 * (encoder_layers + i), help_wanted, False, trace, *blocks[i])
-    return _project(norm_rows(output, final_norm, eps), head, 2 * (encoder_layers + len(blocks)), help_wanted)
+        block_rows(rows, output, stretch, full, False, trace, *blocks[i])
+    return project_rows(norm_rows(output, final_norm, eps), head)

@@ -223,7 +223,6 @@ class ModelRunner:
         parts = [
             part for arena in self.pool.arenas for part in arena.parts(by_slot.keys(), self._workers) if part.slots
         ]
-        set_loop_threads(1)  # a helper's coming and going costs the threads of the service more than it gains
         groups = [[by_slot[slot] for slot in part.slots] for part in parts]
         others = [self._executor.submit(self._decode_part, *one) for one in zip(groups[1:], parts[1:], strict=True)]
         results = [self._decode_part(groups[0], parts[0]), *(future.result() for future in others)]
