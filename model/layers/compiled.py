@@ -52,11 +52,11 @@ def read_stack(
     Returns:
         output [B, L, D], the states after, and the trace.
     """
+    if not blocks:
+        return hidden, (), None
     batch, length, width = hidden.shape
     threads = loop_threads() if batch * length >= SHARED_FROM else 1
     flat = hidden.reshape(-1, width).clone()
-    if not blocks:
-        return hidden, (), None
     projected = _scratch("projected", batch * length, blocks[0].in_proj.shape[1])
     gated = _scratch("gated", batch * length, blocks[0].out_proj.shape[0])
     if lengths is not None:
@@ -89,13 +89,14 @@ def _scratch(name: str, rows: int, width: int) -> Tensor:
 
     New memory is cleared page by page when it is first touched, which takes a tenth of the time of a pass.
     """
-    if rows * width > SCRATCH_SIZE:
+    size = rows * width
+    if size > SCRATCH_SIZE:
         return torch.empty(rows, width)
-    if getattr(_kept, name, None) is None or len(getattr(_kept, name)) < rows * width:
-        with torch.inference_mode(False):
-            setattr(_kept, name, torch.empty(rows * width))
-    room: Tensor = getattr(_kept, name)[: rows * width]
-    return room.view(rows, width)
+    room: Tensor | None = _kept.__dict__.get(name)
+    if room is None or len(room) < size:
+        with torch.inference_mode(False):  # a tensor that is made inside may not be written outside
+            room = _kept.__dict__[name] = torch.empty(size)
+    return room[:size].view(rows, width)
 
 
 def _each(work: Callable[[int, int], None], cuts: list[tuple[int, int]]) -> Callable[[int, int], None]:
