@@ -28,11 +28,11 @@ from model.decoding import StepOutput, SystemViews, make_views, step_compiled, s
 from model.layers.compiled import read_stack
 from model.layers.mamba2 import AdaptiveMambaBlock
 from model.layers.norm import RMSNorm
-from model.layers.views import Viewed
 from model.ops.parallel import own_threads
 from model.ops.recurrent import compiled
 from model.ops.ssd import ScanTrace
 from model.ops.tiling import Bytes
+from model.ops.views import Viewed
 from model.state import BlockState, DensityState, ModelState, RouterState
 
 

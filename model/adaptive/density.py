@@ -19,6 +19,7 @@ from model.config import ModelConfig
 from model.ops.features import Singles, density_rows
 from model.ops.ssd import ScanTrace, StepTrace, into_chunks, segment_decay, ssd_scan
 from model.ops.tiling import Floats, Integers, smooth_rows
+from model.ops.views import Viewed
 from model.state import DensityState
 
 FEATURES = ("state_gradient", "attention_entropy", "temporal_distance", "predictive_entropy", "learned")
@@ -29,7 +30,7 @@ _TINY = 1e-20
 _TINIEST = 1e-30
 
 
-class InformationDensityAnalyzer(nn.Module):
+class InformationDensityAnalyzer(Viewed[tuple[Any, ...]]):
     """Density in bits per byte: a non-negative combination of standardised features, and a learned one.
 
     Training fits it to the measured worth of the trunk; there the first four carry no gradient, for the trace has
@@ -131,8 +132,11 @@ class InformationDensityAnalyzer(nn.Module):
             features [B, L, 5] in the order of ``FEATURES``, and the state after.
         """
         entropy, distance, after = self._attention(trace, state)
-        features = torch.stack([state_gradient(trace, self.chunk_size), entropy, distance,
-                                predictive_entropy(exit_logits)], dim=-1)  # fmt: skip
+        if trace.change is None:
+            gradient = state_gradient(trace, self.chunk_size)
+        else:
+            gradient = trace.change.sqrt().log1p().to(entropy.dtype)
+        features = torch.stack([gradient, entropy, distance, predictive_entropy(exit_logits)], dim=-1)
         return self.learned(features, hidden), after
 
     @torch.no_grad()
@@ -166,12 +170,13 @@ class InformationDensityAnalyzer(nn.Module):
             hidden: [n, d_model] and exit_logits: [n, V], of those rows. trace: of the whole batch, as arrays.
             state: of the whole batch, its ``rows`` advanced in place.
         """
-        tensors = (
-            *state.tensors(), self.mean, self.std, self.raw_weight, self.bias, self.inner, self.inner_bias, self.outer,
-        )  # fmt: skip
-        arrays = [value.detach().numpy() for value in tensors]
+        arrays = (*(value.numpy() for value in state.tensors()), *self.views())
         density: Floats = density_rows(*[rows, hidden, exit_logits, *trace, *arrays, self.norm_eps, self.window_size])
         return density
+
+    def _make_views(self) -> tuple[Any, ...]:
+        tensors = (self.mean, self.std, self.raw_weight, self.bias, self.inner, self.inner_bias, self.outer)
+        return tuple(value.detach().numpy() for value in tensors)
 
     def _attention(self, trace: ScanTrace, state: DensityState) -> tuple[Tensor, Tensor, DensityState]:
         """Entropy and look-back distance [B, L] of the hidden attention over the window plus one lump."""

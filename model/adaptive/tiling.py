@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -36,6 +37,10 @@ from model.state import RouterState
 
 RATES = tuple(2.0 ** (-k / 2.0) for k in range(14, -1, -1))
 """Fire rates at which thresholds and prices are calibrated, 1/128 to 1."""
+
+
+_kept_table = lru_cache(maxsize=16)(staleness_table)
+"""For steps, of which each would make the same one; nobody may write into it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +222,7 @@ class TileManager(nn.Module):
         Args:
             density: [n] bits. rates: [B]. router: of the whole batch, not changed.
         """
-        table = staleness_table(self.tau, self.max_tile_size)
+        table = _kept_table(self.tau, self.max_tile_size)
         counts = (router.last_fire.numpy(), router.fires.numpy(), router.quota.numpy(), router.positions.numpy())
         fired: Booleans = fire_rows(
             rows, density, rates, self.log_thresholds.numpy(), RATES[0], self.spread, self.inertia, table,

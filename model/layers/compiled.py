@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.layers.views import BlockViews
 from model.ops.parallel import loop_threads, own_threads, share
 from model.ops.recurrent import keep_window, mixer_rows, norm_rows
 from model.ops.ssd import ScanTrace
@@ -27,6 +27,27 @@ SCRATCH_SIZE = 1 << 22
 """Numbers of an intermediate result up to which its memory is kept for the next pass."""
 
 _kept = threading.local()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockViews:
+    """What compiled code reads of an :class:`~model.layers.mamba2.AdaptiveMambaBlock`."""
+
+    in_proj: Tensor
+    """[D, z | x B C | dt]."""
+    out_proj: Tensor
+    """[HP, D]."""
+    norm: tuple[Any, float]
+    """Of the block's input: weight [D], epsilon."""
+    gate_norm: tuple[Any, float]
+    """Of the gated outputs: weight [HP], epsilon."""
+    A_log: Any
+    """[H]."""
+    chunk_size: int
+    mixer: tuple[Any, ...]
+    """The last arguments of :func:`~model.ops.recurrent.mixer_rows`, from the levels on."""
+    step: tuple[Any, ...]
+    """Those of :func:`~model.ops.recurrent.block_rows`, from the levels up to the state."""
 
 
 def read_stack(
@@ -148,10 +169,10 @@ def _mix(
     chunks = -(-length // views.chunk_size) if traced else 0
     before = torch.zeros(batch, chunks, *after.ssm_state.shape[1:])
     mixed = torch.empty(batch, length if traced else 0, state.conv_state.shape[-1])
-    steps = torch.zeros(batch, heads, length if traced else 0)
+    steps, changes = torch.zeros(2, batch, heads, length if traced else 0)
     tensors = (
         projected.view(batch, length, -1), log_stretch, lengths, columns, state.conv_state.contiguous(),
-        after.ssm_state, before, mixed, steps, gated.view(batch, length, -1),
+        after.ssm_state, before, mixed, steps, changes, gated.view(batch, length, -1),
     )  # fmt: skip
     arguments = [*(value.numpy() for value in tensors), views.chunk_size, *views.mixer]
     share(lambda first, last: mixer_rows(first, last, *arguments), heads, threads)
@@ -162,7 +183,8 @@ def _mix(
     x, keys = mixed.split([inner, mixed.shape[-1] - inner], dim=-1)
     B, C = (part[..., :width] for part in keys.chunk(2, dim=-1))
     A = -torch.from_numpy(views.A_log).exp()
-    return after, ScanTrace(x.unflatten(-1, (heads, headdim)), steps.transpose(1, 2), A, B, C, before)
+    change = changes.double().sum(1)
+    return after, ScanTrace(x.unflatten(-1, (heads, headdim)), steps.transpose(1, 2), A, B, C, before, change)
 
 
 def _normalised(rows: Tensor, norm: tuple[Any, float]) -> Tensor:

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.layers.compiled import read_stack
+from model.layers.compiled import BlockViews, read_stack
 from model.layers.norm import RMSNorm
-from model.layers.views import BlockViews, Viewed
 from model.ops.fused import convolve_silu, fused, gate_norm
 from model.ops.recurrent import compiled
 from model.ops.ssd import ScanTrace, StepTrace, ssd_scan, ssd_step
+from model.ops.views import Viewed
 from model.state import BlockState, zero_block_state
 
 

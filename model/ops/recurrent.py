@@ -169,12 +169,31 @@ def _advance_head(
 
 
 @njit(cache=True, nogil=True, fastmath=_VECTORS)
-def _distance(one: Singles, other: Singles) -> float:  # pragma: no cover - compiled
-    total = np.float32(0.0)
-    for p in range(one.shape[0]):
-        for n in range(one.shape[1]):
-            total += (one[p, n] - other[p, n]) * (one[p, n] - other[p, n])
-    return float(total)
+def _advance_head_traced(
+    state: Singles,
+    columns: int,
+    x: Singles,
+    key: Singles,
+    query: Singles,
+    step: np.float32,
+    decay: np.float32,
+    out: Singles,
+) -> np.float32:  # pragma: no cover - compiled
+    """The same, and the squared norm of the state's change."""
+    change = np.float32(0.0)
+    for p in range(x.shape[0]):
+        added = step * x[p]
+        row = state[p]
+        read, moved = np.float32(0.0), np.float32(0.0)
+        for n in range(columns):
+            old = row[n]
+            value = old * decay + added * key[n]
+            row[n] = value
+            read += value * query[n]
+            moved += (value - old) * (value - old)
+        out[p] = read
+        change += moved
+    return change
 
 
 @njit(cache=True, nogil=True)
@@ -241,6 +260,7 @@ def mixer_rows(
     before: Singles,
     mixed: Singles,
     steps: Singles,
+    changes: Singles,
     gated: Singles,
     chunk_size: int,
     levels: Integers,
@@ -266,8 +286,9 @@ def mixer_rows(
         conv_state: [B, d_conv - 1, C] before the first position, not changed.
         ssm_state: [B, H, P, N], advanced in place.
         before: [B, c, H, P, N], filled with the state before each chunk of ``chunk_size`` positions that counts,
-            mixed: [B, L, x | B | C], filled with what was convolved, and steps: [B, H, L], filled with dt; nobody wants
-            them where c is 0. By head, since threads that write side by side wait for each other.
+            mixed: [B, L, x | B | C], with what was convolved, steps: [B, H, L], with dt, and changes: [B, H, L], with
+            the squared norm of the state's change; nobody wants them where c is 0. By head, since threads that write
+            side by side wait for each other.
         gated: [B, L, HP], filled with gated outputs where a position counts.
         levels: sizes that the state may run at. level_scale: of C at each of them but the last.
         conv_weight: [C, d_conv]. conv_bias: [C].
@@ -300,11 +321,13 @@ def mixer_rows(
                         before[b, t // chunk_size, h] = now
                     size = projected[b, t, inner + channels + h] + dt_bias[h]
                     size = _step_size(size, exponent[h], log_stretch[b, t], least_dt, most_dt)
+                    x, out, key = inputs[t - start, own], gated[b, t, part], keys[t - start]
+                    query, decay = key[d_state:], np.float32(math.exp(-size * rate))
                     if traced:
                         steps[b, h, t] = size
-                    x, out, key = inputs[t - start, own], gated[b, t, part], keys[t - start]
-                    decay = np.float32(math.exp(-size * rate))
-                    _advance_head(now, columns[b], x, key, key[d_state:], size, decay, out)
+                        changes[b, h, t] = _advance_head_traced(now, columns[b], x, key, query, size, decay, out)
+                    else:
+                        _advance_head(now, columns[b], x, key, query, size, decay, out)
                     _skip_and_gate(out, x, D[h], projected[b, t, part])
 
 
@@ -389,7 +412,6 @@ def block_rows(
     projected = project_rows(norm_rows(hidden, norm, eps), in_proj)
     gated = np.empty((count, inner), np.float32)
     mixed = np.empty(channels, np.float32)
-    old = np.empty(ssm_state.shape[2:], np.float32)
     for i in range(count):
         window, new = conv_state[rows[i]], projected[i, inner : inner + channels]
         mixed[:] = conv_bias
@@ -409,11 +431,10 @@ def block_rows(
             log_decay = np.float32(-size * math.exp(A_log[h]))
             x, out, decay = mixed[part], gated[i, part], np.float32(math.exp(log_decay))
             if traced:
-                old[:] = now
-            _advance_head(now, columns[i], x, key, query, size, decay, out)
-            if traced:
-                change += _distance(now, old)
+                change += float(_advance_head_traced(now, columns[i], x, key, query, size, decay, out))
                 trace[2][i, h], trace[3][i, h] = size, log_decay
+            else:
+                _advance_head(now, columns[i], x, key, query, size, decay, out)
             _skip_and_gate(out, x, D[h], projected[i, part])
         if traced:
             trace[0][i], trace[1][i], trace[4][i] = key, query, change

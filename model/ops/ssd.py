@@ -50,6 +50,8 @@ class ScanTrace:
     """[B, L, N]."""
     before: Tensor
     """[B, c, H, P, N] state before each chunk."""
+    change: Tensor | None = None
+    """[B, L] squared norm of the change of the state over all heads, where it was measured on the way."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from model.adaptive.controller import advance, fire_step
+from model.adaptive.density import state_gradient
 from model.ops.features import density_rows
 from model.ops.recurrent import decode_rows, encode_rows
 from model.ops.tiling import fire_rows
-from tests.model.shapes import encode_one, random_model, random_tokens, step_through, without_compiled_code
+from tests.model.shapes import SMALL, encode_one, random_model, random_tokens, step_through, without_compiled_code
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -121,3 +122,20 @@ def test_the_compiled_mixer_is_the_plain_one(
         results.append([output[counts], *after.tensors(), trace.x[counts], trace.B[counts], trace.C[counts], trace.dt])
     for fast, slow in zip(*results, strict=True):
         torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
+
+
+def test_the_change_of_the_state_measured_on_the_way_is_the_one_of_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, hidden = random_model().encoder[0], torch.randn(2, 90, SMALL.d_model)
+    found = []
+    for plain in (False, True):
+        if plain:
+            without_compiled_code(monkeypatch)
+        with torch.no_grad():
+            _, state, _ = block(hidden[:, :30], block.mixer.zero_state(2, hidden.device))
+            _, _, trace = block(hidden[:, 30:], state)
+        found.append(trace)
+    measured, formula = found
+    assert formula.change is None
+    expected = state_gradient(formula, SMALL.chunk_size)
+    torch.testing.assert_close(measured.change.sqrt().log1p().float(), expected, atol=1e-4, rtol=1e-4)
+    assert expected.max() > 0.1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Generic, Self, TypeVar
 
 from torch import Tensor, nn
@@ -39,24 +38,3 @@ class Viewed(nn.Module, Generic[Views]):
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a module has parameters of its own, which the views of this one do not show."""
         return {**self.__dict__, "_views": None}
-
-
-@dataclass(frozen=True, slots=True)
-class BlockViews:
-    """What compiled code reads of an :class:`~model.layers.mamba2.AdaptiveMambaBlock`."""
-
-    in_proj: Tensor
-    """[D, z | x B C | dt]."""
-    out_proj: Tensor
-    """[HP, D]."""
-    norm: tuple[Any, float]
-    """Of the block's input: weight [D], epsilon."""
-    gate_norm: tuple[Any, float]
-    """Of the gated outputs: weight [HP], epsilon."""
-    A_log: Any
-    """[H]."""
-    chunk_size: int
-    mixer: tuple[Any, ...]
-    """The last arguments of :func:`~model.ops.recurrent.mixer_rows`, from the levels on."""
-    step: tuple[Any, ...]
-    """Those of :func:`~model.ops.recurrent.block_rows`, from the levels up to the state."""
