@@ -26,7 +26,7 @@ class CrossScaleRouter(nn.Module):
             nn.init.normal_(self.up.weight, std=config.d_trunk**-0.5)
         else:
             self.down = self.up = None
-        self.raw_fading = nn.Parameter(torch.full((config.d_model,), -2.0))
+        self.raw_fading = nn.Parameter(torch.full((config.d_model,), 2.0))
         self.fold = nn.ParameterDict({str(n): nn.Parameter(torch.zeros(n, self.d_state - n)) for n in self.levels[:-1]})
 
     def to_trunk(self, selected: Tensor) -> Tensor:

@@ -39,6 +39,9 @@ class TrainingConfig(StrictModel):
     bytes."""
     floor_weight: float = Field(default=0.0, ge=0, le=1)
     """Share of the loss of a pass whose trunk never fires, in every step."""
+    # Passes at reduced rates from the first step on cost full resolution most of what its trunk could have learned.
+    ends_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the steps, the first ones, that train full resolution and the floor alone: no early exit, no density."""
     floor_share: float = Field(default=0.33, ge=0, le=1)
     """Share of steps whose reduced pass never fires."""
     uniform_share: float = Field(default=0.2, ge=0, le=1)
@@ -71,6 +74,11 @@ class TrainingConfig(StrictModel):
     """Of validation text, of the length of those in training."""
     save_every: int = Field(default=100, ge=1)
     """Steps between two saved states."""
+
+    @property
+    def first_reduced(self) -> int:
+        """The first step whose reduced pass may run at any rate."""
+        return round(self.ends_share * self.steps)
 
     @model_validator(mode="after")
     def _check_weights(self) -> Self:

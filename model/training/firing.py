@@ -23,10 +23,14 @@ class Reduced:
     d_state: int | None
     momentum: float
     """Of the running statistics of the density features."""
+    ends_only: bool = False
+    """Whether nothing but full resolution and the floor is trained: neither the early exit nor the density."""
 
 
 def sample_reduced(config: TrainingConfig, shape: ModelConfig, step: int) -> Reduced:
     """The resolution of step ``step``; the same for the same seed. One for the batch, so that tiles pack evenly."""
+    if step < config.first_reduced:
+        return Reduced(0.0, uniform=False, d_state=None, momentum=0.0, ends_only=True)
     random = np.random.default_rng([config.seed, step, 1])
     floor, uniform, leveled, where = random.random(4)
     lower = shape.d_state_levels[:-1]
@@ -35,7 +39,7 @@ def sample_reduced(config: TrainingConfig, shape: ModelConfig, step: int) -> Red
         d_state = int(random.choice(lower))
     low, high = config.lowest_rate, config.highest_rate
     rate = 0.0 if floor < config.floor_share else low + where * (high - low)
-    return Reduced(rate, uniform < config.uniform_share, d_state, max(0.02, 1.0 / (step + 1)))
+    return Reduced(rate, uniform < config.uniform_share, d_state, max(0.02, 1.0 / (step - config.first_reduced + 1)))
 
 
 def fit_log_threshold(tiles: TileManager, densities: list[Floats], rate: float) -> float:

@@ -47,6 +47,11 @@ def compute_loss(
     loss = Loss(full.mean(), {"full": full.mean().item() / math.log(2.0)})
     if reduced is None:
         return loss
+    if reduced.ends_only:
+        floor = pass_cost(model, encoded, torch.zeros_like(inputs, dtype=torch.bool), targets)
+        loss.total = config.full_weight * full.mean() + (1.0 - config.full_weight) * floor.mean()
+        loss.bits["floor"] = floor.mean().item() / math.log(2.0)
+        return loss
 
     exit_logits = model.exit_head(encoded.hidden)
     exit_loss = cross_entropy(exit_logits, targets).mean()

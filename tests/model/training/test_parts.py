@@ -68,6 +68,14 @@ def test_resolutions_are_drawn_as_configured() -> None:
     assert config.lowest_rate <= min(rates) < max(rates) <= config.highest_rate
 
 
+def test_the_first_steps_train_the_ends_alone_and_the_statistics_of_the_density_begin_after_them() -> None:
+    config = TrainingConfig(steps=10, ends_share=0.6)
+    drawn = [sample_reduced(config, SMALL, step) for step in range(10)]
+    assert [one.ends_only for one in drawn] == [True] * 6 + [False] * 4
+    assert all(one.rate == 0.0 for one in drawn[:6])
+    assert [one.momentum for one in drawn[6:8]] == [1.0, 0.5]
+
+
 def test_calibrated_thresholds_meet_their_rates_without_the_controller() -> None:
     model, tokens = random_model(), random_tokens(4, 512, seed=5)
     calibrate(model, tokens)

@@ -55,6 +55,24 @@ def test_a_text_that_differs_from_its_batch_has_a_compute_error_and_equal_texts_
     assert 0.01 * share**2 < unequal < share**2
 
 
+def test_the_two_ends_alone_are_trained_as_beside_terms_without_weight() -> None:
+    config = TrainingConfig(full_weight=0.6, exit_weight=0.0, lambda_info=0.0)
+    gradients = []
+    for ends_only in (True, False):
+        model = random_model().requires_grad_(True).train()
+        reduced = Reduced(0.0, uniform=False, d_state=None, momentum=0.1, ends_only=ends_only)
+        loss = compute_loss(model, random_tokens(2, 65), reduced, config)
+        loss.total.backward()
+        gradients.append({name: value.grad for name, value in model.named_parameters()} | {"loss": loss.total.detach()})
+        assert ("exit" in loss.bits) != ends_only
+    for name, alone in gradients[0].items():
+        beside = gradients[1][name]
+        if alone is None:
+            assert beside is None or not beside.count_nonzero(), name
+        else:
+            torch.testing.assert_close(alone, beside, msg=name)
+
+
 @pytest.mark.parametrize("count", [1, 3, 20])
 def test_the_worth_ahead_is_a_mean_over_the_bytes_that_are_left(count: int) -> None:
     values = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
