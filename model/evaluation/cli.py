@@ -15,6 +15,7 @@ from typing import Any
 from model.checkpoint import EMBEDDED_CHECKPOINT, WEIGHTS_FILE, load_checkpoint, load_tokenizer
 from model.device import choose_device, set_threads
 from model.evaluation.arms import ADAPTIVE, PLANNED_ARMS, REFITTED, STRICT_ARMS, make_arms
+from model.evaluation.earlier import EarlierPlain, read_results
 from model.evaluation.experiment import Domain, Experiment
 from model.evaluation.journal import Journal
 from model.evaluation.passages import Protocol
@@ -51,6 +52,9 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plain", type=Path, nargs="+", default=[], metavar="FOLDER", help=(
         "checkpoints of plain models to compare with"
     ))  # fmt: skip
+    parser.add_argument("--plain-from", type=Path, metavar="FILE", help=(
+        "results that --json wrote for the same documents, with plain models to compare with: they are not scored again"
+    ))  # fmt: skip
     parser.add_argument("--checkpoint", type=Path, default=EMBEDDED_CHECKPOINT, help="folder of a checkpoint")
     parser.add_argument("--max-bytes", type=_count, help="score at most this much of a domain, documents evenly spread")
     parser.add_argument("--document-bytes", type=_count, help=(
@@ -85,19 +89,20 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 def _read(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.documents:
         raise ValueError("--from shows results that were scored before: --documents has no place beside it")
-    try:
-        results: dict[str, Any] = json.loads(arguments.source.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read results from {arguments.source}: {error}") from error
-    if not isinstance(results, dict) or "domains" not in results:
-        raise ValueError(f"{arguments.source} holds no results of rheostat evaluate")
-    return results
+    return read_results(arguments.source)
 
 
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.documents:
         raise ValueError("--documents is required")
     domains = read_domains(arguments.documents, arguments.max_bytes, arguments.document_bytes)
+    # P1 scores parts of documents, which no compressor can be asked for.
+    compared = () if arguments.protocol is Protocol.SERVING else domains
+    references = {domain.name: compressed_bits(domain.documents) for domain in compared}
+    earlier = None if arguments.plain_from is None else EarlierPlain(arguments.plain_from, arguments.protocol)
+    if earlier is not None:
+        for domain in domains:
+            earlier.check(domain.name, references.get(domain.name, {}))
     tokenizer = load_tokenizer(arguments.checkpoint)
     device = choose_device(arguments.device)
     model = load_checkpoint(arguments.checkpoint, device)
@@ -106,6 +111,9 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     file = None if arguments.json in (None, "-") else Path(arguments.json)
     journal = Journal(file and file.with_name(f"{file.name}.partial"), _identity(arguments, domains))
     scores = {domain.name: experiment.run(domain, journal) for domain in domains}
+    if earlier is not None:
+        for name, documents in scores.items():
+            earlier.lend(name, documents)
     every = [document for documents in scores.values() for document in documents]
     results = {
         "model": model.config.name,
@@ -116,8 +124,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         "domains": {
             domain.name: {
                 **DomainReport(experiment, scores[domain.name]).as_dict(),
-                # P1 scores parts of documents, which no compressor can be asked for.
-                "references": {} if experiment.protocol is Protocol.SERVING else compressed_bits(domain.documents),
+                "references": references.get(domain.name, {}),
             }
             for domain in domains
         },

@@ -171,6 +171,31 @@ def test_results_are_shown_and_drawn_again(folder: Path, capsys: pytest.CaptureF
         assert (folder / name).read_bytes().startswith(mark)
 
 
+def test_plain_models_that_were_scored_before_are_compared_with_again(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points, earlier = ("--budgets", "1,0.6,floor"), folder / "earlier.json"
+    scored = evaluate(folder, *points, "--plain", str(folder / "little"), str(folder / "large"))
+    (folder / "results.json").rename(earlier)
+    lent = ("--plain-from", str(earlier))
+    assert evaluate(folder, *points, *lent) == scored
+    fresh = evaluate(folder, *points, *lent, "--checkpoint", str(folder / "large"))
+    assert fresh["domains"]["code"]["plain"][1]["above_full"]["value"] == pytest.approx(0.0, abs=1e-9)
+    evaluate(folder, "--budgets", "1")
+    (folder / "results.json").rename(folder / "none.json")
+    elastic = ["evaluate", "--checkpoint", str(folder / "elastic"), *points, *lent]
+    code, prose = (str(folder / f"{name}.test.txt.xz") for name in ("code", "prose"))
+    for options, message in (
+        (["--documents", prose], "has no domain 'prose', only code"),
+        (["--documents", f"code={prose}"], "the documents of 'code' are not those that"),
+        (["--documents", code, "--plain", str(folder / "little")], "'little' was scored, and stands in"),
+        (["--documents", code, "--protocol", "P1"], "is of protocol P0, not P1"),
+        (["--documents", code, "--plain-from", str(folder / "none.json")], "holds no scores of plain models"),
+    ):
+        assert main([*elastic, *options]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
