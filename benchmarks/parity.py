@@ -150,6 +150,7 @@ def density_rows() -> Iterator[Row]:
     state = ours.allocate_state(1).map(lambda value: value.double() if value.is_floating_point() else value)
     encoded = ours.encode(torch.randint(0, 257, (1, 70)), state.encoder)
     features, _ = ours.features(encoded, state.density)
+    assert encoded.trace is not None, "the shape measures features"
     rows = [torch.stack(dense_rows(encoded.trace, t, ours.config.density_window)) for t in range(70)]
     gap = _gap(features[0, :, 1:3], torch.stack(rows))
     yield Row("attention entropy and distance", "dense attention", gap, 1e-9, 2 * len(rows))

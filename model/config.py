@@ -54,6 +54,8 @@ class ModelConfig(StrictModel):
     """Keys that the attention features look back at one by one; older ones are lumped together."""
     density_hidden: int = Field(default=0, ge=0, le=1 << 12)
     """Hidden units of the density's learned feature; 0 for none."""
+    density_measured: bool = True
+    """Whether the density reads the four measured features; the learned one alone needs no early exit and no trace."""
     window_size: Positive = 64
     """Bytes over which the density that decides where the trunk runs is averaged, causally."""
     inertia: float = Field(default=3.0, ge=0.0, le=100.0)
@@ -81,6 +83,8 @@ class ModelConfig(StrictModel):
         least, most = self.dt_limits
         if not 0.0 <= least < (math.inf if most is None else most):
             raise ValueError(f"dt_limits = {self.dt_limits} must be at least 0, and rise")
+        if not self.density_measured and not self.density_hidden:
+            raise ValueError("density_hidden must be at least 1 where density_measured is off: nothing else is read")
         return self
 
     @property

@@ -72,11 +72,12 @@ class CostModel:
         head = 2 * config.vocab_size * config.d_model
         inner = config.inner(config.d_model)
         window = 2 * config.density_window * config.d_state
+        measured = head + 4 * inner * config.d_state + window if config.density_measured else 0
         learned = 2 * config.density_hidden * (config.d_model + 4)  # it also reads the other four features
         projections = 4 * config.d_model * config.d_trunk if config.projected else 0
         self._unit = Flops(
             encoder=config.encoder_layers * block(config.d_model),
-            density=head + 4 * inner * config.d_state + window + learned,
+            density=measured + learned,
             trunk=config.trunk_layers * block(config.d_trunk) + projections,
             decoder=config.decoder_layers * block(config.d_model),
             head=head,

@@ -120,7 +120,8 @@ def step_plain(system: System, tokens: Tensor, state: ModelState, rates: Tensor,
     fired = rates >= 1.0
     chosen = ((rates > 0.0) & ~fired).nonzero().squeeze(-1)
     if len(chosen):
-        logits = nn.functional.linear(system.exit_norm(hidden[chosen]), system.head_weight)
+        measured = system.density.measured
+        logits = nn.functional.linear(system.exit_norm(hidden[chosen]), system.head_weight) if measured else None
         features, after = system.density.step(
             hidden[chosen], logits, trace.select(chosen), state.density.gather(chosen)
         )
@@ -170,13 +171,14 @@ def step_compiled(system: System, tokens: Tensor, state: ModelState, rates: Tens
     fired = wanted >= 1.0
     chosen = ((wanted > 0.0) & ~fired).nonzero()[0]
     analysed = len(chosen) > 0
-    trace = _make_trace(system, len(places)) if analysed else _NO_TRACE
+    traced = analysed and system.density.measured
+    trace = _make_trace(system, len(places)) if traced else _NO_TRACE
     encoder = _with_states(views.encoder, state.encoder)
     read = tokens.contiguous().numpy()
-    hidden = encode_rows(read, views.embedding, places, analysed, trace, encoder)
+    hidden = encode_rows(read, views.embedding, places, traced, trace, encoder)
     if analysed:
         outputs = hidden[chosen]
-        logits = project_rows(norm_rows(outputs, *views.exit_norm), views.head)
+        logits = project_rows(norm_rows(outputs, *views.exit_norm), views.head) if traced else _NOTHING
         density = system.density.step_rows(outputs, logits, trace, state.density, chosen)
         fired[chosen] = system.tiles.fire_rows(density, wanted, router, chosen)
     later = _with_states(views.trunk, state.trunk) + _with_states(views.decoder, state.decoder)

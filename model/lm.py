@@ -43,8 +43,8 @@ class Encoded:
     hidden: Tensor
     """[B, L, d_model]."""
     states: tuple[BlockState, ...]
-    trace: ScanTrace
-    """Of the last block."""
+    trace: ScanTrace | None
+    """Of the last block, if the density measures anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +135,13 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
 
     def encode(self, tokens: Tensor, states: tuple[BlockState, ...]) -> Encoded:
         """Run the encoder over tokens [B, L] from ``states`` (not changed)."""
-        hidden, after, trace = self._run(self.encoder, self.embedding(tokens), states, traced=True)
-        assert trace is not None, "the encoder has at least one block"
-        return Encoded(hidden, after, trace)
+        traced = self.density.measured
+        hidden, after, trace = self._run(self.encoder, self.embedding(tokens), states, traced=traced)
+        return Encoded(hidden, after, trace if traced else None)
 
     def features(self, encoded: Encoded, state: DensityState) -> tuple[Tensor, DensityState]:
         """Density features [B, L, 5] of what was encoded from ``state`` on (not changed), and the state after it."""
-        exit_logits = self.exit_head(encoded.hidden)
+        exit_logits = self.exit_head(encoded.hidden) if self.density.measured else None
         return cast(tuple[Tensor, DensityState], self.density(encoded.hidden, exit_logits, encoded.trace, state))
 
     def head(self, hidden: Tensor) -> Tensor:

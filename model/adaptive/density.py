@@ -8,6 +8,7 @@ network expects from the encoder's output and the other four.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,8 @@ class InformationDensityAnalyzer(Viewed[tuple[Any, ...]]):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.window = config.density_window
+        self.measured = config.density_measured
+        self.window = config.density_window if config.density_measured else 0
         self.window_size = config.window_size
         self.chunk_size = config.chunk_size
         self.heads = config.heads(config.d_model)
@@ -120,17 +122,22 @@ class InformationDensityAnalyzer(Viewed[tuple[Any, ...]]):
         self.std.lerp_(flat.std(0).clamp_min(1e-3), momentum)
 
     def forward(
-        self, hidden: Tensor, exit_logits: Tensor, trace: ScanTrace, state: DensityState
+        self, hidden: Tensor, exit_logits: Tensor | None, trace: ScanTrace | None, state: DensityState
     ) -> tuple[Tensor, DensityState]:
         """Features of L positions.
 
         Args:
             hidden: [B, L, d_model] encoder outputs. exit_logits: [B, L, V] of the early-exit head.
-            trace: of the encoder's last block. state: before them, not changed.
+            trace: of the encoder's last block; neither is read where nothing is measured.
+            state: before them, not changed.
 
         Returns:
             features [B, L, 5] in the order of ``FEATURES``, and the state after.
         """
+        if not self.measured:
+            return self._unmeasured(hidden, state, hidden.shape[1])
+        assert exit_logits is not None
+        assert trace is not None
         entropy, distance, after = self._attention(trace, state)
         if trace.change is None:
             gradient = state_gradient(trace, self.chunk_size)
@@ -141,9 +148,12 @@ class InformationDensityAnalyzer(Viewed[tuple[Any, ...]]):
 
     @torch.no_grad()
     def step(
-        self, hidden: Tensor, exit_logits: Tensor, trace: StepTrace, state: DensityState
+        self, hidden: Tensor, exit_logits: Tensor | None, trace: StepTrace, state: DensityState
     ) -> tuple[Tensor, DensityState]:
         """Features [B, 5] of one position; ``hidden`` [B, d_model], otherwise as :meth:`forward`."""
+        if not self.measured:
+            return self._unmeasured(hidden, state, 1)
+        assert exit_logits is not None
         keys = torch.cat([state.keys[:, 1:], trace.B.unsqueeze(1)], dim=1)
         weights = torch.cat([state.weights[:, 1:], trace.dt.unsqueeze(1)], dim=1)
         log_decay = torch.cat([state.log_decay[:, 1:], trace.log_decay.unsqueeze(1)], dim=1)
@@ -161,13 +171,19 @@ class InformationDensityAnalyzer(Viewed[tuple[Any, ...]]):
         features = torch.stack([gradient, entropy, distance, predictive_entropy(exit_logits)], dim=-1)
         return self.learned(features, hidden), after
 
+    def _unmeasured(self, hidden: Tensor, state: DensityState, count: int) -> tuple[Tensor, DensityState]:
+        """Features whose first four are 0, and the state ``count`` positions later."""
+        features = self.learned(hidden.new_zeros(*hidden.shape[:-1], STANDARDISED), hidden)
+        return features, replace(state, seen=state.seen + count, level=state.level.clone())
+
     def step_rows(
         self, hidden: Singles, exit_logits: Singles, trace: tuple[Any, ...], state: DensityState, rows: Integers
     ) -> Floats:
         """Smoothed density [n] of one position for the rows ``rows`` [n] of a batch on a CPU; the compiled fast path.
 
         Args:
-            hidden: [n, d_model] and exit_logits: [n, V], of those rows. trace: of the whole batch, as arrays.
+            hidden: [n, d_model] and exit_logits: [n, V], of those rows. trace: of the whole batch, as arrays; neither
+                is read where nothing is measured.
             state: of the whole batch, its ``rows`` advanced in place.
         """
         arrays = (*(value.numpy() for value in state.tensors()), *self.views())

@@ -14,7 +14,7 @@ from typing import Any
 
 from model.checkpoint import EMBEDDED_CHECKPOINT, WEIGHTS_FILE, load_checkpoint, load_tokenizer
 from model.device import choose_device, set_threads
-from model.evaluation.arms import ADAPTIVE, PLANNED_ARMS, REFITTED, STRICT_ARMS, make_arms
+from model.evaluation.arms import ADAPTIVE, ONLY, PLANNED_ARMS, REFITTED, STRICT_ARMS, WITHOUT, make_arms
 from model.evaluation.earlier import EarlierPlain, read_results
 from model.evaluation.experiment import Domain, Experiment
 from model.evaluation.journal import Journal
@@ -144,6 +144,8 @@ def _experiment(
     names = [name.strip() for name in arguments.arms.split(",")]
     if names == ["all"]:
         names = list(STRICT_ARMS if protocol is Protocol.STRICT else PLANNED_ARMS)
+        if not model.density.measured:  # there is one feature: arms of others would tell nothing
+            names = [name for name in names if name not in (*ONLY, *WITHOUT)]
     names = [ADAPTIVE, *(name for name in dict.fromkeys(names) if name != ADAPTIVE)]
     budgets, rates = arguments.budgets, arguments.rates
     if budgets is None:

@@ -52,6 +52,8 @@ class PieceAnalysis:
     """[L] bits, smoothed: what decides where the trunk runs."""
     features: Floats
     """[L, 5] in the order of ``model.adaptive.density.FEATURES``."""
+    measured: bool
+    """Whether the first four of them were measured; 0 otherwise."""
     fires: list[Bytes]
     """Per plan [L]."""
     losses: list[Floats]
@@ -75,5 +77,9 @@ def analyse_piece(
     density = model.density.smooth(model.density.combine(features), before, state.density)[0]
     tilings = [plan.advance(model.tiles, density) for plan in plans]
     return PieceAnalysis(
-        density, features[0].double().cpu().numpy(), [fires for fires, _ in tilings], [lost for _, lost in tilings]
+        density=density,
+        features=features[0].double().cpu().numpy(),
+        measured=model.density.measured,
+        fires=[fires for fires, _ in tilings],
+        losses=[lost for _, lost in tilings],
     )

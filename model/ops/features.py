@@ -146,33 +146,35 @@ def density_rows(
 
     Args:
         rows: [n] which rows. hidden: [n, D] and logits: [n, V] of the early exit, for those rows.
-        key, query, dt, steps_log_decay, change: the trace of the encoder's last block, of all B rows.
+        key, query, dt, steps_log_decay, change: the trace of the encoder's last block, of all B rows. With a window of
+            no keys nothing is measured, and neither they nor the logits are read.
         keys: [B, W, N]. weights, log_decay: [B, W, H]. mass: [B, H]. seen, level: [B]. The analyzer's state.
         mean, std, raw_weight: [4]. bias: []. inner: [h, D + 4]. inner_bias, outer: [h]. The analyzer's weights.
         eps: of the norm of ``hidden``. window_size: bytes that the level averages over.
     """
     density = np.empty(rows.shape[0])
-    features, standard = np.empty(4), np.empty(4, np.float32)
+    features, standard = np.zeros(4), np.empty(4, np.float32)
     for i in range(rows.shape[0]):
         b = rows[i]
-        square = 0.0
-        for n in range(key.shape[1]):
-            square += key[b, n] * key[b, n]
-        length = math.sqrt(square)
-        keys[b, :-1] = keys[b, 1:]
-        weights[b, :-1] = weights[b, 1:]
-        log_decay[b, :-1] = log_decay[b, 1:]
-        keys[b, -1] = key[b]
-        weights[b, -1] = dt[b]
-        for h in range(dt.shape[1]):
-            log_decay[b, -1, h] = steps_log_decay[b, h]
-            mass[b, h] = mass[b, h] * math.exp(log_decay[b, -1, h]) + dt[b, h] * length
         seen[b] += 1
-        entropy, distance = _look_back(query[b], keys[b], weights[b], log_decay[b], mass[b], seen[b])
-        features[0] = math.log1p(math.sqrt(change[b]))
-        features[1] = entropy
-        features[2] = distance
-        features[3] = _predictive_entropy(logits[i])
+        if keys.shape[1]:
+            square = 0.0
+            for n in range(key.shape[1]):
+                square += key[b, n] * key[b, n]
+            length = math.sqrt(square)
+            keys[b, :-1] = keys[b, 1:]
+            weights[b, :-1] = weights[b, 1:]
+            log_decay[b, :-1] = log_decay[b, 1:]
+            keys[b, -1] = key[b]
+            weights[b, -1] = dt[b]
+            for h in range(dt.shape[1]):
+                log_decay[b, -1, h] = steps_log_decay[b, h]
+                mass[b, h] = mass[b, h] * math.exp(log_decay[b, -1, h]) + dt[b, h] * length
+            entropy, distance = _look_back(query[b], keys[b], weights[b], log_decay[b], mass[b], seen[b])
+            features[0] = math.log1p(math.sqrt(change[b]))
+            features[1] = entropy
+            features[2] = distance
+            features[3] = _predictive_entropy(logits[i])
         total = float(bias[()])
         for k in range(4):
             standard[k] = (features[k] - mean[k]) / std[k]

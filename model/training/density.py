@@ -43,6 +43,10 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", type=sampling_weights, help="sampling weights such as code=0.55,prose=0.45; by size"
     )
     parser.add_argument("--units", type=int, default=64, help="hidden units of the learned feature")
+    parser.add_argument(
+        "--measured", action=argparse.BooleanOptionalAction, help="also read the four measured features; as it was"
+    )
+    parser.add_argument("--inertia", type=float, help="what keeps stretches of fires together; as it was")
     parser.add_argument("--window", type=int, default=16, help="bytes over which the density is averaged")
     parser.add_argument(
         "--foresight", type=int, default=64, help="bytes ahead over which the trunk's worth is averaged"
@@ -63,6 +67,8 @@ def run_fit(arguments: argparse.Namespace) -> int:
     config = read_config(arguments.initial)
     source = load_checkpoint(arguments.initial, choose_device(arguments.device))
     change = {"density_hidden": arguments.units, "window_size": arguments.window}
+    optional = {"density_measured": arguments.measured, "inertia": arguments.inertia}
+    change |= {name: value for name, value in optional.items() if value is not None}
     torch.manual_seed(arguments.seed)
     model = with_density(source, ModelConfig.model_validate(source.config.model_dump() | change))
     weights = arguments.weights or None
@@ -98,7 +104,7 @@ class Evidence:
     """What the density reads, and what it should say, at n positions."""
 
     features: Tensor
-    """[n, 4] fp32, those that are measured."""
+    """[n, 4] fp32, those that are measured; 0 where none is."""
     hidden: Tensor
     """[n, d_model] fp16, to spare memory: the encoder's outputs."""
     worth: Tensor

@@ -53,8 +53,7 @@ def compute_loss(
         loss.bits["floor"] = floor.mean().item() / math.log(2.0)
         return loss
 
-    exit_logits = model.exit_head(encoded.hidden)
-    exit_loss = cross_entropy(exit_logits, targets).mean()
+    exit_logits = model.exit_head(encoded.hidden) if model.density.measured or config.exit_weight > 0.0 else None
     density, smoothed = _analyse(model, exit_logits, encoded, reduced)
     fires = torch.from_numpy(choose_fires(model.tiles, smoothed, reduced)).to(inputs.device)
     logits = model.head(
@@ -63,7 +62,7 @@ def compute_loss(
     cost = cross_entropy(logits, targets)
     with torch.set_grad_enabled(config.floor_weight > 0.0):
         floor = cost if reduced.rate == 0 else pass_cost(model, encoded, torch.zeros_like(fires), targets)
-    task = config.full_weight * full.mean() + config.floor_weight * floor.mean() + config.exit_weight * exit_loss
+    task = config.full_weight * full.mean() + config.floor_weight * floor.mean()
     task = task + (1.0 - config.full_weight - config.floor_weight) * cost.mean()
     information = divergence(logits, full_logits) + density_regression(
         model,
@@ -75,7 +74,10 @@ def compute_loss(
     loss.total = task + config.lambda_info * information
     if config.lambda_compute > 0.0 and model.cost.analysed(reduced.rate) and not reduced.uniform:
         loss.total = loss.total + config.lambda_compute * compute_error(model, density, reduced.rate)
-    loss.bits["exit"] = exit_loss.item() / math.log(2.0)
+    if exit_logits is not None:
+        exit_loss = cross_entropy(exit_logits, targets).mean()
+        loss.total = loss.total + config.exit_weight * exit_loss
+        loss.bits["exit"] = exit_loss.item() / math.log(2.0)
     loss.bits["floor"] = floor.mean().item() / math.log(2.0)
     if reduced.rate > 0:
         loss.bits["reduced"] = cost.mean().item() / math.log(2.0)
@@ -83,13 +85,14 @@ def compute_loss(
 
 
 def _analyse(
-    model: AdaptiveAttentionSystem, exit_logits: Tensor, encoded: Encoded, reduced: Reduced
+    model: AdaptiveAttentionSystem, exit_logits: Tensor | None, encoded: Encoded, reduced: Reduced
 ) -> tuple[Tensor, Floats]:
     """Density [B, L], differentiable in its weights, and smoothed; in training the running statistics move."""
-    state = model.density.zero_state(len(exit_logits), exit_logits.device)
-    with torch.autocast(exit_logits.device.type, enabled=False):
-        inputs = encoded.hidden.detach().float(), exit_logits.detach().float()
-        features, analysed = model.density(*inputs, encoded.trace, state)
+    hidden = encoded.hidden.detach().float()
+    state = model.density.zero_state(len(hidden), hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        exits = None if exit_logits is None else exit_logits.detach().float()
+        features, analysed = model.density(hidden, exits, encoded.trace, state)
         if model.training:
             model.density.update_statistics(features, reduced.momentum)
         density = model.density.combine(features)

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from model.adaptive.density import FEATURES
+from model.adaptive.density import FEATURES, STANDARDISED
 from model.cost import CostModel
 from model.evaluation.tilings import PieceAnalysis, TilingPlan
 from model.ops.tiling import Bytes, Floats
@@ -81,13 +81,15 @@ def assemble(
 ) -> Tilings:
     """The answer, from the analysis of the text's blocks; ``grants`` are those of the budgets."""
     features = np.concatenate([piece.features for piece in pieces])
+    first = 0 if pieces[0].measured else STANDARDISED
+    columns = {name: features[:, column].tolist() for column, name in enumerate(FEATURES) if column >= first}
     assert sequence.plans is not None, "the sequence was made with plans"
     return Tilings(
         model=context.model_name,
         rule=body.rule,
         tokens=sequence.prompt,
         density=np.concatenate([piece.density for piece in pieces]).tolist(),
-        features=Features(**{name: features[:, column].tolist() for column, name in enumerate(FEATURES)}),
+        features=Features(**columns),
         tilings=[
             describe(given, plan, [(piece.fires[i], piece.losses[i]) for piece in pieces], context.cost)
             for i, (given, plan) in enumerate(zip(grants, sequence.plans, strict=True))

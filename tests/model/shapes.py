@@ -30,6 +30,9 @@ SMALL = ModelConfig(
     density_hidden=6,
 )
 
+UNMEASURED = SMALL.model_copy(update={"density_measured": False})
+"""Its density is the learned feature alone."""
+
 
 def random_model(config: ModelConfig = SMALL, seed: int = 0) -> AdaptiveAttentionSystem:
     """A model whose zero and one initialised parameters are moved as well, with thresholds that suit its densities."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import ModelConfig
@@ -80,6 +81,17 @@ def test_what_a_budget_buys_is_billed_at_that_budget(budget: float) -> None:
     for rate, logits in ((rates.prefill, 0), (rates.decode, positions)):
         spent = COST.flops(positions, round(rate * positions), logits, positions).total
         assert spent / COST.full_flops(positions, logits) == pytest.approx(budget, abs=1e-5)
+
+
+def test_a_density_that_measures_nothing_costs_its_network_alone() -> None:
+    shape = ModelConfig(density_hidden=64, density_measured=False)
+    cost, measured = CostModel(shape), CostModel(ModelConfig(density_hidden=64))
+    assert cost.unit.density == 2 * 64 * (shape.d_model + 4)
+    attention = (4 * shape.inner(shape.d_model) + 2 * shape.density_window) * shape.d_state
+    assert measured.unit.density == cost.unit.density + measured.unit.head + attention
+    assert cost.floor < cost.least_adaptive < measured.least_adaptive
+    with pytest.raises(ValidationError, match="density_hidden must be at least 1"):
+        ModelConfig(density_measured=False)
 
 
 def test_full_budget_fires_always_and_too_small_a_budget_never() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from model.adaptive.tiling import Pace, TileManager
 from model.config import ModelConfig
-from tests.model.shapes import SMALL, random_model, random_tokens, step_through
+from tests.model.shapes import SMALL, UNMEASURED, random_model, random_tokens, step_through
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 START = Pace(position=0, last_fire=0, fires=0, quota=0.0)
@@ -67,17 +67,20 @@ def test_a_resize_in_mid_sequence_is_the_same_for_steps_and_passes() -> None:
     torch.testing.assert_close(torch.stack(steps, 1), torch.cat(logits, 1), **CLOSE)
 
 
-@pytest.mark.parametrize("changes", [{"tied_head": False, "vocab_size": 300}, {"dt_limits": (0.02, 0.06)}])
-def test_stepping_equals_a_pass_for_shapes_of_converted_models(changes: dict) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"tied_head": False, "vocab_size": 300}, {"dt_limits": (0.02, 0.06)}, {"density_measured": False}]
+)
+def test_stepping_equals_a_pass_for_other_shapes(changes: dict) -> None:
     model, tokens = random_model(ModelConfig(**{**SMALL.model_dump(), **changes})), random_tokens(2, 60)
     logits, fires = step_through(model, tokens, torch.tensor([1.0, 0.4], dtype=torch.float64))
     torch.testing.assert_close(logits, model(tokens, fires), **CLOSE)
     assert logits.shape[-1] == model.config.vocab_size
 
 
+@pytest.mark.parametrize("shape", [SMALL, UNMEASURED], ids=["measured", "unmeasured"])
 @pytest.mark.parametrize("rate", [0.5, 0.1])
-def test_stepping_fires_where_the_compiled_online_rule_fires(rate: float) -> None:
-    model, tokens = random_model(), random_tokens(1, 400)
+def test_stepping_fires_where_the_compiled_online_rule_fires(rate: float, shape: ModelConfig) -> None:
+    model, tokens = random_model(shape), random_tokens(1, 400)
     _, fires = step_through(model, tokens, torch.tensor([rate], dtype=torch.float64))
     density = model.analyse(tokens)[0].numpy()
     assert model.tiles.online(density, rate, START).astype(bool).tolist() == fires[0].tolist()
@@ -101,8 +104,9 @@ def test_prefill_in_blocks_then_steps_equal_one_forward_pass(rate: float, length
     torch.testing.assert_close(torch.cat([step.logits for step in steps]), expected[length:], **CLOSE)
 
 
-def test_density_does_not_depend_on_how_the_text_was_cut() -> None:
-    model, tokens = random_model(), random_tokens(1, 200)
+@pytest.mark.parametrize("shape", [SMALL, UNMEASURED], ids=["measured", "unmeasured"])
+def test_density_does_not_depend_on_how_the_text_was_cut(shape: ModelConfig) -> None:
+    model, tokens = random_model(shape), random_tokens(1, 200)
     whole, state, parts = model.analyse(tokens), model.allocate_state(1), []
     with torch.inference_mode():
         for piece in tokens.split(64, dim=1):

@@ -69,15 +69,15 @@ class TilingModel(ApiModel):
 
 
 class Features(ApiModel):
-    """What the density is made of, one value per position."""
+    """What the density is made of, one value per position; null what the served model's does not measure."""
 
-    state_gradient: list[float]
+    state_gradient: list[float] | None = None
     """How far the encoder's state moved."""
-    attention_entropy: list[float]
+    attention_entropy: list[float] | None = None
     """How spread the hidden attention is, 0 to 1."""
-    temporal_distance: list[float]
+    temporal_distance: list[float] | None = None
     """How far back it looks, in bytes."""
-    predictive_entropy: list[float]
+    predictive_entropy: list[float] | None = None
     """Entropy of the early exit, in bits."""
     learned: list[float]
     """What a small network makes of the encoder's output and the others, added as it is; 0 without one."""

@@ -11,12 +11,12 @@ import pytest
 
 import model.evaluation.experiment
 from model.checkpoint import save_checkpoint
-from model.evaluation.arms import PLANNED_ARMS, STRICT_ARMS
+from model.evaluation.arms import ONLY, PLANNED_ARMS, STRICT_ARMS, WITHOUT
 from model.evaluation.passages import FUTURE_CHARGE
 from model.evaluation.strict import StrictEvaluation
 from service.cli import main
 from tests.model.evaluation.texts import document
-from tests.model.shapes import SMALL, random_model
+from tests.model.shapes import SMALL, UNMEASURED, random_model
 
 PLAIN = SMALL.model_copy(update={"name": "little", "trunk_layers": 1})
 
@@ -88,6 +88,12 @@ def test_every_arm_plain_models_and_both_domains(folder: Path, capsys: pytest.Ca
     table = capsys.readouterr().out
     for expected in ("adaptive against uniform: ", "range, floor - full: ", "plain little: ", "zstd -19: ", "rate 1/4"):
         assert expected in table
+
+
+def test_a_density_of_one_feature_has_no_arms_of_features(folder: Path) -> None:
+    save_checkpoint(random_model(UNMEASURED), folder / "elastic")
+    results = evaluate(folder, "--arms", "all", *calibration(folder), "--rates", "1/2")
+    assert list(results["domains"]["code"]["arms"]) == [name for name in STRICT_ARMS if name not in (*ONLY, *WITHOUT)]
 
 
 def test_the_shipped_rule_scores_as_it_does_document_by_document(folder: Path) -> None:

@@ -9,15 +9,25 @@ import torch
 
 from model.adaptive.controller import advance, fire_step
 from model.adaptive.density import state_gradient
+from model.config import ModelConfig
 from model.ops.features import density_rows
 from model.ops.recurrent import decode_rows, encode_rows
 from model.ops.tiling import fire_rows
-from tests.model.shapes import SMALL, encode_one, random_model, random_tokens, step_through, without_compiled_code
+from tests.model.shapes import (
+    SMALL,
+    UNMEASURED,
+    encode_one,
+    random_model,
+    random_tokens,
+    step_through,
+    without_compiled_code,
+)
 
 
+@pytest.mark.parametrize("shape", [SMALL, UNMEASURED], ids=["measured", "unmeasured"])
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_compiled_density_and_its_state_equal_the_plain_ones(batch: int) -> None:
-    model, tokens = random_model(), random_tokens(batch, 40)
+def test_compiled_density_and_its_state_equal_the_plain_ones(batch: int, shape: ModelConfig) -> None:
+    model, tokens = random_model(shape), random_tokens(batch, 40)
     rows = torch.arange(0, batch, 2)
     state, plain = model.allocate_state(batch), model.allocate_state(batch).density.gather(rows)
     with torch.inference_mode():

@@ -58,6 +58,24 @@ def test_the_command_writes_a_checkpoint_that_serves(corpus: Path, tmp_path: Pat
     assert (thresholds.diff() <= 0).all()
 
 
+def test_a_density_may_do_without_what_is_measured(corpus: Path, tmp_path: Path) -> None:
+    save_checkpoint(random_model(), tmp_path / "old")
+    options = ["--no-measured", "--inertia", "1", "--length", "128", "--sequences", "16"]
+    command = ["fit-density", str(corpus), "--initial", str(tmp_path / "old"), "--output", str(tmp_path / "new")]
+    assert main([*command, *options]) == 0
+    model = load_checkpoint(tmp_path / "new")
+    assert not model.config.density_measured
+    assert model.config.inertia == 1.0
+    assert model.cost.unit.density < random_model().cost.unit.density
+    inputs, outer = random_tokens(1, 40), model.density.outer
+    density = model.analyse(inputs)
+    assert density.std() > 0.0
+    with torch.no_grad():
+        outer.zero_()
+    assert load_checkpoint(tmp_path / "new").analyse(inputs).equal(density)
+    assert model.analyse(inputs).std() < 1e-6  # nothing else is read
+
+
 def test_a_missing_corpus_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_checkpoint(random_model(), tmp_path / "old")
     command = ["fit-density", str(tmp_path), "--initial", str(tmp_path / "old"), "--output", str(tmp_path / "new")]

@@ -10,7 +10,7 @@ import torch
 from model.adaptive.density import FEATURES
 from model.lm import AdaptiveAttentionSystem
 from model.tokenizer import DOCUMENT
-from tests.model.shapes import random_model
+from tests.model.shapes import UNMEASURED, random_model
 from tests.service.servers import Running, serving
 
 TEXT = "The parser reads é line by line, and every line must hold the same number of fields. " * 5
@@ -47,6 +47,14 @@ def test_density_and_features_are_those_of_the_whole_text(restless: Running, mod
         level += (bits - level) / min(position, model.config.window_size)
         smoothed.append(level)
     assert smoothed == pytest.approx(answer["density"], rel=1e-3, abs=1e-5)
+
+
+def test_a_density_that_measures_nothing_has_one_feature() -> None:
+    with serving(random_model(UNMEASURED)) as running:
+        features = tilings(running)["features"]
+        running.wait_until_idle()
+    assert [name for name, values in features.items() if values is None] == list(FEATURES[:-1])
+    assert len(features["learned"]) == 1 + len(TEXT.encode())
 
 
 @pytest.mark.parametrize(("number", "budget"), list(enumerate(BUDGETS)))
