@@ -170,13 +170,13 @@ def step_compiled(system: System, tokens: Tensor, state: ModelState, rates: Tens
     wanted, places = rates.numpy(), np.arange(len(tokens)) if rows is None else rows.numpy()
     fired = wanted >= 1.0
     chosen = ((wanted > 0.0) & ~fired).nonzero()[0]
-    analysed = len(chosen) > 0
-    traced = analysed and system.density.measured
+    # Whoever is analysed: loops that trace round otherwise than those that do not, and mates must change no bit.
+    traced = system.density.measured
     trace = _make_trace(system, len(places)) if traced else _NO_TRACE
     encoder = _with_states(views.encoder, state.encoder)
     read = tokens.contiguous().numpy()
     hidden = encode_rows(read, views.embedding, places, traced, trace, encoder)
-    if analysed:
+    if len(chosen):
         outputs = hidden[chosen]
         logits = project_rows(norm_rows(outputs, *views.exit_norm), views.head) if traced else _NOTHING
         density = system.density.step_rows(outputs, logits, trace, state.density, chosen)
