@@ -50,6 +50,8 @@ class ModelConfig(StrictModel):
     max_tile_size: Positive = 128
     block_size: Positive = 512
     """Bytes planned (and prefilled) together, counted from the start of the sequence."""
+    propagation_rank: int = Field(default=0, ge=0, le=1 << 12)
+    """Size of the code through which the trunk's states read a byte where it does not fire; 0: they skip it."""
     density_window: Positive = 32
     """Keys that the attention features look back at one by one; older ones are lumped together."""
     density_hidden: int = Field(default=0, ge=0, le=1 << 12)

@@ -82,9 +82,20 @@ class CostModel:
             decoder=config.decoder_layers * block(config.d_model),
             head=head,
         )
+        self._propagation = _propagation(config)
         self._d_state = config.d_state
-        self._column = config.trunk_layers * 5 * config.inner(config.d_trunk)
+        self._column = config.trunk_layers * config.inner(config.d_trunk)
         self._lowest_rate = 1.0 / config.max_tile_size
+
+    @property
+    def propagation(self) -> int:
+        """Operations of the trunk's states reading a byte at which it does not run; 0 where they skip it."""
+        return self._propagation
+
+    @property
+    def fire(self) -> int:
+        """Operations by which a fire costs more than a byte at which the trunk does not run."""
+        return self._unit.trunk - self._propagation
 
     @property
     def unit(self) -> Flops:
@@ -92,20 +103,31 @@ class CostModel:
         return self._unit
 
     @lru_cache(maxsize=4096)  # noqa: B019 - a model has one, which lives as long as it does
-    def flops(self, positions: int, tiles: int, logits: int, analysed: int, columns: int | None = None) -> Flops:
+    def flops(
+        self,
+        positions: int,
+        tiles: int,
+        logits: int,
+        analysed: int,
+        columns: int | None = None,
+        *,
+        propagated: int | None = None,
+    ) -> Flops:
         """Operations spent.
 
         Args:
             positions: tokens read. tiles: of them, how many the trunk ran at. logits: positions at which the head ran.
             analysed: positions at which the density was computed (rates other than 0 and 1).
             columns: of the trunk's state that ran; None for all.
+            propagated: positions that the trunk's states read without a tile; None for those analysed that are not one.
         """
         unit = self._unit
         spared = 0 if columns is None else (self._d_state - columns) * self._column
+        read = max(analysed - tiles, 0) if propagated is None else propagated
         return Flops(
             encoder=positions * unit.encoder,
             density=analysed * unit.density,
-            trunk=tiles * (unit.trunk - spared),
+            trunk=tiles * (unit.trunk - 5 * spared) + read * max(self._propagation - spared, 0),
             decoder=positions * unit.decoder,
             head=logits * unit.head,
         )
@@ -133,8 +155,9 @@ class CostModel:
         """Ratio to full resolution of reading at ``rate`` with ``logits`` (0 or 1) predictions per byte."""
         unit = self._unit
         outer = unit.encoder + unit.decoder + logits * unit.head
-        density = unit.density if self.analysed(rate) else 0
-        return (outer + density + rate * unit.trunk) / (outer + unit.trunk)
+        if not self.analysed(rate):
+            return (outer + rate * unit.trunk) / (outer + unit.trunk)
+        return (outer + unit.density + self._propagation + rate * self.fire) / (outer + unit.trunk)
 
     def rate(self, budget: float, *, logits: int) -> float:
         """Fires per byte that ``budget`` (share of full resolution) pays for; 0 under the least adaptive budget."""
@@ -144,8 +167,24 @@ class CostModel:
             return 0.0
         unit = self._unit
         outer = unit.encoder + unit.decoder + logits * unit.head
-        return (budget * (outer + unit.trunk) - outer - unit.density) / unit.trunk
+        spent = budget * (outer + unit.trunk) - outer - unit.density - self._propagation
+        return spent / self.fire
 
     def rates(self, budget: float) -> Rates:
         """Fire rates for a request with this budget; both 0 if it is under :attr:`least_adaptive`."""
         return Rates(self.rate(budget, logits=0), self.rate(budget, logits=1))
+
+
+def _propagation(config: ModelConfig) -> int:
+    """Of one byte: its code, and in each block of the trunk what the convolution and the state read of it.
+
+    All columns of the state decay, those of the smallest level are written.
+    """
+    rank = config.propagation_rank
+    if not rank:
+        return 0
+    inner, heads = config.inner(config.d_trunk), config.heads(config.d_trunk)
+    mixed = inner + 2 * config.d_state
+    block = 2 * rank * (mixed + heads) + 2 * config.d_conv * mixed
+    block += inner * (config.d_state + 2 * config.d_state_levels[0])
+    return 2 * config.d_model * rank + config.trunk_layers * block

@@ -71,6 +71,10 @@ class SystemViews:
     """[d_model, d_trunk]."""
     raw_fading: Any
     """[d_model]."""
+    code: Any
+    """[r, d_model] of the router; empty where the trunk's states skip what it skips."""
+    propagations: tuple[Any, ...]
+    """[x B C | dt, r] of each block of the trunk; empty likewise."""
 
 
 def make_views(system: System) -> SystemViews:
@@ -82,6 +86,7 @@ def make_views(system: System) -> SystemViews:
     stacks = (system.encoder, system.trunk, system.decoder)
     encoder, trunk, decoder = (tuple(cast(AdaptiveMambaBlock, block) for block in stack) for stack in stacks)
     router = system.router
+    read = [block.mixer.propagation for block in trunk]
     return SystemViews(
         encoder=encoder,
         trunk=trunk,
@@ -93,6 +98,8 @@ def make_views(system: System) -> SystemViews:
         down=_NOTHING if router.down is None else array(router.down.weight),
         up=_NOTHING if router.up is None else array(router.up.weight),
         raw_fading=array(router.raw_fading),
+        code=_NOTHING if router.code is None else array(router.code.weight),
+        propagations=tuple(_NOTHING if one is None else array(one.weight) for one in read),
     )
 
 
@@ -132,11 +139,16 @@ def step_plain(system: System, tokens: Tensor, state: ModelState, rates: Tensor,
             system.tiles.inertia, system.tiles.tau, router.gather(chosen),
             (system.tiles.min_tile_size, system.tiles.max_tile_size),
         )  # fmt: skip
-    age = router.positions + 1 - router.last_fire
-    index = fired.nonzero().squeeze(-1)
+    index, read = fired.nonzero().squeeze(-1), chosen[~fired[chosen]]
+    propagates = system.router.code is not None
+    if propagates and len(read):
+        codes = system.router.propagated(hidden[read])
+        for block, block_state in zip(system.trunk, state.trunk, strict=True):
+            cast(AdaptiveMambaBlock, block).mixer.propagate(codes, block_state, rows[read], state.columns[read])
     if len(index):
         entered = system.router.to_trunk(hidden[index])
-        stretch = age[index].to(hidden.dtype)
+        age = router.positions[index] + 1 - router.last_fire[index]
+        stretch = None if propagates else age.to(hidden.dtype)
         left, _ = _run(system.trunk, entered, state.trunk, rows[index], stretch, state.columns[index])
         router.held.index_copy_(0, index, system.router.from_trunk(left - entered))
     advance(router, fired, rates)
@@ -184,8 +196,9 @@ def step_compiled(system: System, tokens: Tensor, state: ModelState, rates: Tens
     later = _with_states(views.trunk, state.trunk) + _with_states(views.decoder, state.decoder)
     counters = (router.held, router.last_fire, router.fires, router.quota, router.positions)
     logits = decode_rows(
-        fired, wanted, hidden, places, state.columns.numpy(), len(views.trunk), later, views.down, views.up,
-        views.raw_fading, *views.final_norm, views.head, *(value.numpy() for value in counters),
+        fired, wanted, hidden, places, state.columns.numpy(), len(views.trunk), later, views.propagations,
+        views.code, views.down, views.up, views.raw_fading, *views.final_norm, views.head,
+        *(value.numpy() for value in counters),
     )  # fmt: skip
     return StepOutput(torch.from_numpy(logits), torch.from_numpy(fired))
 

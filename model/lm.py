@@ -28,6 +28,7 @@ from model.decoding import StepOutput, SystemViews, make_views, step_compiled, s
 from model.layers.compiled import read_stack
 from model.layers.mamba2 import AdaptiveMambaBlock
 from model.layers.norm import RMSNorm
+from model.layers.propagation import Propagated
 from model.ops.parallel import own_threads
 from model.ops.recurrent import compiled
 from model.ops.ssd import ScanTrace
@@ -152,12 +153,14 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         """Logits [..., V] of the early exit, from encoder outputs [..., d_model]."""
         return F.linear(self.exit_norm(hidden), self.head_weight)
 
-    def combine(self, hidden: Tensor, fires: Tensor | None, state: ModelState) -> Tensor:
+    def combine(self, hidden: Tensor, fires: Tensor | None, state: ModelState, *, propagate: bool = True) -> Tensor:
         """Trunk, hold and decoder over L positions.
 
         Args:
             hidden: [B, L, d_model] encoder outputs. fires: [B, L] bool, None for every position.
             state: before them; its trunk, decoder and router rows are replaced by those after them.
+            propagate: whether the trunk's states read the bytes between fires, if this model can: at the floor, where
+                no fire will ever look at them, they do not.
 
         Returns:
             [B, L, d_model] decoder outputs.
@@ -166,7 +169,8 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         length = hidden.shape[1]
         offsets = torch.arange(1, length + 1, device=hidden.device)
         position = router.positions.unsqueeze(1) + offsets  # [B, L], the first byte is 1
-        if fires is None and bool((router.last_fire == router.positions).all()):
+        gapless = self.router.code is not None or bool((router.last_fire == router.positions).all())
+        if fires is None and gapless:
             update = self._run_trunk(hidden, None, None, state)
             spread, router.held, last = update, update[:, -1], position
             router.fires = router.fires + length
@@ -175,13 +179,17 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
             count = fires.sum(1)
             most = int(count.max())
             index = torch.argsort((~fires).to(torch.int8), dim=1, stable=True)[:, :most]  # [B, K]
-            at = position.gather(1, index)
-            stretch = torch.diff(at, dim=1, prepend=router.last_fire.unsqueeze(1)).clamp_min(1)
+            propagated = stretch = None
+            if self.router.code is None:
+                at = position.gather(1, index)
+                stretch = torch.diff(at, dim=1, prepend=router.last_fire.unsqueeze(1)).clamp_min(1).to(hidden.dtype)
+            elif propagate:
+                propagated = Propagated(self.router.propagated(hidden), fires, index)
             updates = router.held.unsqueeze(1)
-            if most:
+            if most or propagated is not None:
                 selected = hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
                 lengths = None if bool((count == most).all()) else count
-                update = self._run_trunk(selected, stretch.to(hidden.dtype), lengths, state)
+                update = self._run_trunk(selected, stretch, lengths, state, propagated)
                 updates = torch.cat([updates, update], dim=1)  # [B, 1 + K, d_model]
             slot = fires.cumsum(1).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
             last = torch.where(fires, position, 0).cummax(1).values.maximum(router.last_fire.unsqueeze(1))
@@ -193,7 +201,14 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         output, state.decoder, _ = self._run(self.decoder, hidden + spread, state.decoder)
         return output
 
-    def _run_trunk(self, selected: Tensor, stretch: Tensor | None, lengths: Tensor | None, state: ModelState) -> Tensor:
+    def _run_trunk(
+        self,
+        selected: Tensor,
+        stretch: Tensor | None,
+        lengths: Tensor | None,
+        state: ModelState,
+        propagated: Propagated | None = None,
+    ) -> Tensor:
         """The trunk's update at outer width [B, K, d_model] for selected encoder outputs [B, K, d_model].
 
         Of row i the first ``lengths[i]`` count (None: all K). The trunk's state is replaced.
@@ -201,7 +216,7 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         entered = self.router.to_trunk(selected).to(selected.dtype)  # residuals keep their precision under autocast
         width = state.trunk[0].ssm_state.shape[-1]
         columns = None if bool((state.columns == width).all()) else state.columns
-        left, state.trunk, _ = self._run(self.trunk, entered, state.trunk, stretch, lengths, columns)
+        left, state.trunk, _ = self._run(self.trunk, entered, state.trunk, stretch, lengths, columns, propagated)
         return self.router.from_trunk(left - entered).to(selected.dtype)
 
     def _run(
@@ -212,20 +227,22 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         stretch: Tensor | None = None,
         lengths: Tensor | None = None,
         columns: Tensor | None = None,
+        propagated: Propagated | None = None,
         *,
         traced: bool = False,
     ) -> tuple[Tensor, tuple[BlockState, ...], ScanTrace | None]:
         """A stack of residual blocks over [B, L, D]; the states after, and the last block's trace if it is wanted."""
         if compiled(hidden):
-            return read_stack(
-                [block.views() for block in _blocks(blocks)], hidden, states, stretch, lengths, columns, traced=traced
-            )
+            views = [block.views() for block in _blocks(blocks)]
+            return read_stack(views, hidden, states, stretch, lengths, columns, propagated, traced=traced)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         after, trace = [], None
         for block, state in zip(blocks, states, strict=True):
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
             wanted = traced and block is blocks[-1]
-            hidden, new, trace = run(hidden, state, stretch, lengths=lengths, columns=columns, traced=wanted)
+            hidden, new, trace = run(
+                hidden, state, stretch, lengths=lengths, columns=columns, propagated=propagated, traced=wanted
+            )
             after.append(new)
         return hidden, tuple(after), trace
 
@@ -294,7 +311,7 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         plan = self._plan(encoded, state, rate, causal=score)
         quota = accrue(state.router.quota, rate, tokens.shape[1])
         fires = torch.from_numpy(plan.astype(bool)).to(tokens.device).unsqueeze(0)
-        output = self._combine_runs(encoded.hidden, None if rate >= 1.0 else fires, state, sizes)
+        output = self._combine_runs(encoded.hidden, None if rate >= 1.0 else fires, state, sizes, propagate=rate > 0.0)
         state.router.quota = quota
         logits = None
         if predict or score:
@@ -302,16 +319,25 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         return PrefillOutput(logits, np.flatnonzero(plan).tolist())
 
     def _combine_runs(
-        self, hidden: Tensor, fires: Tensor | None, state: ModelState, sizes: Sequence[tuple[int, int]]
+        self,
+        hidden: Tensor,
+        fires: Tensor | None,
+        state: ModelState,
+        sizes: Sequence[tuple[int, int]],
+        *,
+        propagate: bool,
     ) -> Tensor:
         """:meth:`combine`, with the trunk's state resized before each offset of ``sizes``."""
         bounds = [offset for offset, _ in sizes] + [hidden.shape[1]]
         if any(start >= end for start, end in pairwise(bounds)) or bounds[0] < 0:
             raise ValueError(f"sizes = {sizes} must have offsets that rise from 0 and end before {hidden.shape[1]}")
-        outputs = [] if bounds[0] == 0 else [self.combine(hidden[:, : bounds[0]], _part(fires, 0, bounds[0]), state)]
-        for (start, d_state), end in zip(sizes, bounds[1:], strict=True):
-            self.resize_state_space(state, d_state)
-            outputs.append(self.combine(hidden[:, start:end], _part(fires, start, end), state))
+        outputs = []
+        for (start, d_state), end in zip([(0, None), *sizes], bounds, strict=True):
+            if d_state is not None:
+                self.resize_state_space(state, d_state)
+            if start < end:
+                part = _part(fires, start, end)
+                outputs.append(self.combine(hidden[:, start:end], part, state, propagate=propagate))
         return torch.cat(outputs, 1)
 
     def _plan(self, encoded: Encoded, state: ModelState, rate: float, *, causal: bool) -> Bytes:

@@ -144,7 +144,7 @@ MUTATIONS = (
     ),
     Mutation(
         "plain pass: padding advances a state", MIXER,
-        "dt = dt * (torch.arange(hidden.shape[1], device=dt.device) < lengths.unsqueeze(1)).unsqueeze(-1)",
+        "dt = dt * (torch.arange(raw.shape[1], device=dt.device) < lengths.unsqueeze(1)).unsqueeze(-1)",
         "dt = dt * 1.0", (PACKING,),
     ),
     Mutation(
@@ -171,6 +171,36 @@ MUTATIONS = (
     Mutation(
         "compiled pass: an output is added to the wrong rows", "model/layers/compiled.py",
         "rows = flat[start:end]", "rows = flat[: end - start]", ("tests/model/ops/test_compiled_rows.py",),
+    ),
+    Mutation(
+        "a byte between fires leaves the convolution's inputs as they were", MIXER,
+        "_, after = ssd_step(x, self._dt(dt_raw, None)",
+        "window = torch.cat([window[:, :1], window[:, :-1]], dim=1); _, after = ssd_step(x, self._dt(dt_raw, None)",
+        (STEPS, READING),
+    ),
+    Mutation(
+        "compiled: a byte between fires is written into every column", LOOPS,
+        "        written = min(columns[i], levels[0])", "        written = columns[i]", (STEPS, READING),
+    ),
+    Mutation(
+        "compiled: columns that a byte between fires is not written into do not decay", LOOPS,
+        "            row[n] *= decay\n", "            pass\n", (STEPS, READING),
+    ),
+    Mutation(
+        "compiled: the floor's states read on", LOOPS,
+        "between = np.flatnonzero((rates > 0.0) & ~fired)", "between = np.flatnonzero(~fired)", (READING,),
+    ),
+    Mutation(
+        "a block of a prompt without a fire is not read by the trunk's states", SYSTEM,
+        "if most or propagated is not None:", "if most:", (READING,),
+    ),
+    Mutation(
+        "compiled pass: codes stand at the wrong positions", "model/layers/compiled.py",
+        "projected[self.read[start:end], first:]", "projected[self.read[start:end] - 1, first:]", (STEPS, READING),
+    ),
+    Mutation(
+        "operations between fires not billed", "model/cost.py",
+        "read = max(analysed - tiles, 0)", "read = 0 * max(analysed - tiles, 0)", ("tests/model/test_cost.py",),
     ),
     Mutation(
         "operations of the density not billed", "model/cost.py",

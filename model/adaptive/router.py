@@ -5,6 +5,8 @@ Source: section 4.4.1 of the source document.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +28,10 @@ class CrossScaleRouter(nn.Module):
             nn.init.normal_(self.up.weight, std=config.d_trunk**-0.5)
         else:
             self.down = self.up = None
+        self.norm_eps = config.norm_eps
+        self.code = nn.Linear(config.d_model, config.propagation_rank, bias=False) if config.propagation_rank else None
+        if self.code is not None:
+            nn.init.normal_(self.code.weight, std=config.d_model**-0.5)
         self.raw_fading = nn.Parameter(torch.full((config.d_model,), 2.0))
         self.fold = nn.ParameterDict({str(n): nn.Parameter(torch.zeros(n, self.d_state - n)) for n in self.levels[:-1]})
 
@@ -36,6 +42,15 @@ class CrossScaleRouter(nn.Module):
     def from_trunk(self, update: Tensor) -> Tensor:
         """Trunk width to outer width, [..., d_trunk] -> [..., d_model]."""
         return update if self.up is None else self.up(update)
+
+    def propagated(self, hidden: Tensor) -> Tensor:
+        """What the trunk's states read of bytes where it does not fire, [..., d_model] -> [..., propagation_rank].
+
+        Source: state propagation of Schuster et al. 2022 (CALM), section 3.3: what a layer that is skipped would have
+        stored is computed from the output of the last one that ran.
+        """
+        assert self.code is not None, "only where propagation_rank is above 0"
+        return cast(Tensor, self.code(F.rms_norm(hidden, hidden.shape[-1:], eps=self.norm_eps)))
 
     def fade(self, held: Tensor, age: Tensor) -> Tensor:
         """``rho(age) * held``: rho = (1 + age)^-k, k > 0 learned per channel, so rho(0) = 1 exactly.

@@ -68,12 +68,11 @@ def match_rates(
     Args:
         signals: of ``arm``, one for each text.
     """
-    unit = cost.unit
     positions = sum(len(text.passage) for text in texts)
-    spared = positions * unit.density if analysed(reference, point.rates) and not analysed(arm, point.rates) else 0
-    wanted = min(fires + (0.0 if arm.equal_rate else spared / unit.trunk), float(positions))
+    spared = positions * cost.unit.density if analysed(reference, point.rates) and not analysed(arm, point.rates) else 0
+    wanted = min(fires + (0.0 if arm.equal_rate else spared / cost.fire), float(positions))
     spent = sum(spent_flops(cost, text.passage, 0, analysed=analysed(arm, point.rates)) for text in texts)
-    tolerance = TOLERANCE * (spent + wanted * unit.trunk) / unit.trunk
+    tolerance = TOLERANCE * (spent + wanted * cost.fire) / cost.fire
     factor, best, least = max(wanted, 1.0) / max(fires, 1), point.rates, math.inf
     low, high = 0.0, math.inf  # factors known to give too few fires, and too many
     for _ in range(_TRIES):

@@ -53,7 +53,9 @@ class DocumentScores:
 
 def spent_flops(cost: CostModel, passage: Passage, fired: int, *, analysed: bool) -> int:
     """Operations of reading a passage with ``fired`` trunk steps and predicting its scored tokens."""
-    return cost.flops(len(passage), fired, passage.logits, len(passage) if analysed else 0).total
+    length = len(passage)
+    propagated = length - fired if fired else None  # also for those that do not pay for the density
+    return cost.flops(length, fired, passage.logits, length if analysed else 0, propagated=propagated).total
 
 
 def full_flops(cost: CostModel, passage: Passage) -> int:
@@ -75,7 +77,7 @@ def score(
     piece = piece_length(model)
     encoder = model.allocate_state(1).encoder
     states = [model.allocate_state(1) for _ in placements]
-    everywhere = [bool(fires.all()) for fires in placements]
+    everywhere, somewhere = ([bool(found) for found in (map(of, placements))] for of in (np.all, np.any))
     nats = np.zeros(len(placements))
     for start in range(0, len(passage), piece):
         end = min(start + piece, len(passage))
@@ -84,8 +86,9 @@ def score(
         first = min(max(passage.scored - start, 0), end - start)
         targets = passage.targets[start + first : end]
         for index, (fires, state) in enumerate(zip(placements, states, strict=True)):
-            chosen = torch.from_numpy(fires[start:end].astype(bool)).to(model.device).unsqueeze(0)
-            output = model.combine(encoded.hidden, None if everywhere[index] else chosen, state)
+            part = torch.from_numpy(fires[start:end].astype(bool)).to(model.device).unsqueeze(0)
+            chosen = None if everywhere[index] else part
+            output = model.combine(encoded.hidden, chosen, state, propagate=somewhere[index])
             losses = F.cross_entropy(model.head(output[0, first:]), targets, reduction="none")
             # In double precision: the sum over thousands of bytes has no fourth decimal in single.
             nats[index] += losses.double().sum().item()

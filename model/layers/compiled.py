@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.layers.propagation import Propagated
 from model.ops.parallel import loop_threads, own_threads, share
 from model.ops.recurrent import keep_window, mixer_rows, norm_rows
 from model.ops.ssd import ScanTrace
@@ -43,6 +44,8 @@ class BlockViews:
     """Of the gated outputs: weight [HP], epsilon."""
     A_log: Any
     """[H]."""
+    propagation: Tensor | None
+    """[r, x B C | dt]; None where the state does not read what the block skips."""
     chunk_size: int
     mixer: tuple[Any, ...]
     """The last arguments of :func:`~model.ops.recurrent.mixer_rows`, from the levels on."""
@@ -57,6 +60,7 @@ def read_stack(
     stretch: Tensor | None = None,
     lengths: Tensor | None = None,
     columns: Tensor | None = None,
+    propagated: Propagated | None = None,
     *,
     traced: bool = False,
 ) -> tuple[Tensor, tuple[BlockState, ...], ScanTrace | None]:
@@ -65,44 +69,103 @@ def read_stack(
     What one block adds and what the next one projects are of the same positions, so that threads meet twice a block.
 
     Args:
-        hidden: [B, L, D]. states: before them, not changed.
+        hidden: [B, L, D], or [B, K, D] of L positions that are propagated. states: before them, not changed.
         stretch: [B, L] bytes per step, at least 1; None for 1.
         lengths: [B] positions that count; what stands beyond is padding. None: all.
         columns: [B] of the state that run; None for all of them. traced: whether the last block's trace is wanted.
+        propagated: the positions of which ``hidden`` is at some; their fires replace ``lengths``.
 
     Returns:
-        output [B, L, D], the states after, and the trace.
+        output [B, L, D] (or K), the states after, and the trace.
     """
     if not blocks:
         return hidden, (), None
-    batch, length, width = hidden.shape
+    batch, count, width = hidden.shape
+    length = count if propagated is None else propagated.fires.shape[1]
     threads = loop_threads() if batch * length >= SHARED_FROM else 1
     flat = hidden.reshape(-1, width).clone()
     projected = _scratch("projected", batch * length, blocks[0].in_proj.shape[1])
-    gated = _scratch("gated", batch * length, blocks[0].out_proj.shape[0])
+    gated = _scratch("gated", batch * count, blocks[0].out_proj.shape[0])
     if lengths is not None:
         gated.zero_()  # padding has no outputs
-    cuts = [
-        (row + start, row + min(start + PIECE, length))
-        for row in range(0, batch * length, length)
-        for start in range(0, length, PIECE)
-    ]
+    between = None if propagated is None else _Between.of(propagated, count)
+    counted = length if lengths is None or between is not None else lengths
     positions = (
         torch.zeros(batch, length) if stretch is None else stretch.log(),
-        torch.full((batch,), length) if lengths is None else lengths,
+        torch.arange(length).expand(batch, -1).contiguous() if between is None else between.places,
+        torch.as_tensor(counted).expand(batch).contiguous(),
     )
+    cuts = _cuts(batch, count)
     after: list[BlockState] = []
     trace = done = None
     with own_threads():
         for views, state in zip(blocks, states, strict=True):
-            project = partial(_add_and_project, flat, gated, projected, done, views)
-            share(_each(project, cuts), len(cuts), threads)
+            project = partial(_add_and_project, flat, gated, projected, done, views, between)
+            _share(project, cuts, threads)
+            if between is not None:
+                between.project(views, projected, threads)
             wanted = traced and views is blocks[-1]
             new, trace = _mix(views, projected, gated, positions, columns, state, threads, traced=wanted)
             after.append(new)
             done = views
-        share(_each(partial(_add_and_project, flat, gated, projected, done, None), cuts), len(cuts), threads)
-    return flat.view(batch, length, width), tuple(after), trace
+        finish = partial(_add_and_project, flat, gated, projected, done, None, None)
+        _share(finish, cuts, threads)
+    return flat.view(batch, count, width), tuple(after), trace
+
+
+@dataclass(frozen=True, slots=True)
+class _Between:
+    """Where in BL positions blocks are run, and what their states read elsewhere."""
+
+    rows: Tensor
+    """[BK] positions of what is run; one more than the last one for padding."""
+    places: Tensor
+    """[B, L] the one of K that a position is, -1 where nothing is run."""
+    read: Tensor
+    """[n] positions of the others."""
+    codes: Tensor
+    """[n, r] of them."""
+
+    @staticmethod
+    def of(propagated: Propagated, count: int) -> _Between:
+        """What ``propagated`` says, of which ``count`` positions are run in each row, padding included."""
+        fires = propagated.fires
+        batch, length = fires.shape
+        places = torch.where(fires, fires.cumsum(1) - 1, -1)
+        start = torch.arange(batch).unsqueeze(1) * length
+        runs = torch.arange(count) < fires.sum(1, keepdim=True)
+        rows = torch.where(runs, propagated.places + start, batch * length)
+        read = (~fires).flatten().nonzero().squeeze(-1)
+        return _Between(rows.flatten(), places, read, propagated.codes.flatten(0, 1)[read])
+
+    def project(self, views: BlockViews, projected: Tensor, threads: int) -> None:
+        """Write into ``projected`` [BL, z | x B C | dt] what is read without being run."""
+        assert views.propagation is not None
+        weight, first = views.propagation, views.out_proj.shape[0]
+
+        def write(start: int, end: int) -> None:
+            projected[self.read[start:end], first:] = self.codes[start:end] @ weight
+
+        _share(write, _cuts(1, len(self.read)), threads)
+
+    def scatter(self, values: Tensor, projected: Tensor, start: int, end: int) -> None:
+        """Write ``values`` of the rows from ``start`` to ``end`` where they belong, padding nowhere."""
+        rows = self.rows[start:end]
+        runs = rows < len(projected)
+        projected[rows[runs]] = values[runs]
+
+
+def _cuts(batch: int, length: int) -> list[tuple[int, int]]:
+    """Pieces of one matrix product each."""
+    return (
+        [
+            (row + start, row + min(start + PIECE, length))
+            for row in range(0, batch * length, length)
+            for start in range(0, length, PIECE)
+        ]
+        if length
+        else []
+    )
 
 
 def _scratch(name: str, rows: int, width: int) -> Tensor:
@@ -120,8 +183,8 @@ def _scratch(name: str, rows: int, width: int) -> Tensor:
     return room[:size].view(rows, width)
 
 
-def _each(work: Callable[[int, int], None], cuts: list[tuple[int, int]]) -> Callable[[int, int], None]:
-    """``work`` on some of the cuts, for a thread that has settings of its own."""
+def _share(work: Callable[[int, int], None], cuts: list[tuple[int, int]], threads: int) -> None:
+    """``work`` on all of the cuts, by threads that have the settings of this one."""
     inference = torch.is_inference_mode_enabled()
 
     def run(start: int, end: int) -> None:
@@ -129,7 +192,8 @@ def _each(work: Callable[[int, int], None], cuts: list[tuple[int, int]]) -> Call
             for cut in cuts[start:end]:
                 work(*cut)
 
-    return run
+    if cuts:
+        share(run, len(cuts), threads)
 
 
 def _add_and_project(
@@ -138,30 +202,35 @@ def _add_and_project(
     projected: Tensor,
     done: BlockViews | None,
     coming: BlockViews | None,
+    between: _Between | None,
     start: int,
     end: int,
 ) -> None:
-    """At some rows: add what one block has computed to ``flat`` [BL, D], then normalise and project for the next."""
+    """At some rows: add what one block has computed to ``flat`` [BK, D], then normalise and project for the next."""
     rows = flat[start:end]
     if done is not None:
         rows.addmm_(_normalised(gated[start:end], done.gate_norm), done.out_proj)
     if coming is not None:
-        torch.mm(_normalised(rows, coming.norm), coming.in_proj, out=projected[start:end])
+        normal = _normalised(rows, coming.norm)
+        if between is None:
+            torch.mm(normal, coming.in_proj, out=projected[start:end])
+        else:
+            between.scatter(normal @ coming.in_proj, projected, start, end)
 
 
 def _mix(
     views: BlockViews,
     projected: Tensor,
     gated: Tensor,
-    positions: tuple[Tensor, Tensor],
+    positions: tuple[Tensor, Tensor, Tensor],
     columns: Tensor | None,
     state: BlockState,
     threads: int,
     *,
     traced: bool,
 ) -> tuple[BlockState, ScanTrace | None]:
-    """From projections [BL, z | x B C | dt] to gated outputs [BL, HP], the state after, and the trace."""
-    log_stretch, lengths = positions
+    """From projections [BL, z | x B C | dt] to gated outputs [BK, HP], the state after, and the trace."""
+    log_stretch, places, lengths = positions
     batch, length = log_stretch.shape
     heads, headdim, width = state.ssm_state.shape[1:]
     columns = torch.full((batch,), width) if columns is None else columns
@@ -171,13 +240,13 @@ def _mix(
     mixed = torch.empty(batch, length if traced else 0, state.conv_state.shape[-1])
     steps, changes = torch.zeros(2, batch, heads, length if traced else 0)
     tensors = (
-        projected.view(batch, length, -1), log_stretch, lengths, columns, state.conv_state.contiguous(),
-        after.ssm_state, before, mixed, steps, changes, gated.view(batch, length, -1),
+        projected.view(batch, length, -1), log_stretch, places, lengths, columns, state.conv_state.contiguous(),
+        after.ssm_state, before, mixed, steps, changes, gated.view(batch, len(gated) // batch, gated.shape[1]),
     )  # fmt: skip
     arguments = [*(value.numpy() for value in tensors), views.chunk_size, *views.mixer]
     share(lambda first, last: mixer_rows(first, last, *arguments), heads, threads)
     inner = heads * headdim
-    keep_window(arguments[0], arguments[2], after.conv_state.numpy(), inner)
+    keep_window(arguments[0], arguments[3], after.conv_state.numpy(), inner)
     if not traced:
         return after, None
     x, keys = mixed.split([inner, mixed.shape[-1] - inner], dim=-1)

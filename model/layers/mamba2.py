@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.layers.compiled import BlockViews, read_stack
 from model.layers.norm import RMSNorm
+from model.layers.propagation import Propagated
 from model.ops.fused import convolve_silu, fused, gate_norm
 from model.ops.recurrent import compiled
 from model.ops.ssd import ScanTrace, StepTrace, ssd_scan, ssd_step
@@ -54,6 +55,9 @@ class VariableStateSpaceModel(nn.Module):
         self.D = nn.Parameter(torch.ones(self.heads))
         self.norm = RMSNorm(self.d_inner, config.norm_eps)
         self.out_proj = nn.Linear(self.d_inner, width, bias=False)
+        rank = config.propagation_rank if variable else 0
+        self.propagation = nn.Linear(rank, self.conv_dim + self.heads, bias=False) if rank else None
+        """Of a byte's code, what the convolution and the state read of it where the block is not run."""
         self.register_buffer("level_sizes", torch.tensor(self.levels), persistent=False)
         self.least_dt, most_dt = config.dt_limits
         self.most_dt = math.inf if most_dt is None else most_dt
@@ -69,6 +73,8 @@ class VariableStateSpaceModel(nn.Module):
         """Draw the initial values of Mamba-2: A in [1, 16], dt log-uniform in [1e-3, 1e-1]."""
         nn.init.normal_(self.in_proj.weight, std=0.02)
         nn.init.normal_(self.out_proj.weight, std=0.02)
+        if self.propagation is not None:
+            nn.init.zeros_(self.propagation.weight)
         bound = 1.0 / math.sqrt(self.conv_weight.shape[1])
         nn.init.uniform_(self.conv_weight, -bound, bound)
         with torch.no_grad():
@@ -137,11 +143,12 @@ class VariableStateSpaceModel(nn.Module):
         return twin
 
     def _parts(self) -> list[Tensor]:
-        """Views of what is laid out by channels: z and x, B, C, dt of the projection; x, B, C of the convolution."""
+        """Views of what is laid out by channels: z and x, B, C, dt of the projections; x, B, C of the convolution."""
         convolved = [self.d_inner, self.d_state, self.d_state]
         projected = self.in_proj.weight.split([2 * self.d_inner, self.d_state, self.d_state, self.heads])
         taps, bias = self.conv_weight.split(convolved), self.conv_bias.split(convolved)
-        return [*projected, *taps, *bias, self.dt_bias, self.A_log]
+        read = () if self.propagation is None else self.propagation.weight.split([*convolved, self.heads])
+        return [*projected, *taps, *bias, *read, self.dt_bias, self.A_log]
 
     def _check_level(self, d_state: int) -> None:
         if d_state not in self.levels:
@@ -183,6 +190,7 @@ class VariableStateSpaceModel(nn.Module):
         *,
         lengths: Tensor | None = None,
         columns: Tensor | None = None,
+        propagated: Propagated | None = None,
     ) -> tuple[Tensor, BlockState, ScanTrace]:
         """Read L positions.
 
@@ -191,11 +199,17 @@ class VariableStateSpaceModel(nn.Module):
             stretch: [B, L] bytes per step, at least 1 (trunk only).
             lengths: [B] positions that count; what stands beyond is padding and leaves the state alone. None: all.
             columns: [B] of the state that run; None for all of them.
+            propagated: the bytes of which ``hidden`` is at some (trunk only); their fires replace ``lengths``.
 
         Returns:
             output [B, L, D], the state after, and the trace.
         """
-        z, xBC_raw, dt_raw = self.in_proj(hidden).split([self.d_inner, self.conv_dim, self.heads], dim=-1)
+        z, raw = self.in_proj(hidden).split([self.d_inner, self.conv_dim + self.heads], dim=-1)
+        if propagated is not None:
+            assert self.propagation is not None
+            assert stretch is None
+            raw, lengths = propagated.spread(raw, self.propagation(propagated.codes)), None
+        xBC_raw, dt_raw = raw.split([self.conv_dim, self.heads], dim=-1)
         window = torch.cat([state.conv_state, xBC_raw], dim=1)
         quick = fused(hidden)
         if quick:
@@ -206,24 +220,28 @@ class VariableStateSpaceModel(nn.Module):
             xBC = F.silu(mixed.transpose(1, 2)).to(state.ssm_state.dtype)
         x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
         B, C = self._mask(B, C, columns, state.ssm_state.shape[-1])
+        if propagated is not None:
+            written = torch.arange(B.shape[-1], device=B.device) < self.levels[0]
+            B = B * (propagated.fires.unsqueeze(-1) | written)
         x = x.unflatten(-1, (self.heads, self.headdim))
         dt = self._dt(dt_raw, stretch)
         kept = state.conv_state.shape[1]
         if lengths is None:
             conv_state = window[:, window.shape[1] - kept :]
         else:
-            dt = dt * (torch.arange(hidden.shape[1], device=dt.device) < lengths.unsqueeze(1)).unsqueeze(-1)
+            dt = dt * (torch.arange(raw.shape[1], device=dt.device) < lengths.unsqueeze(1)).unsqueeze(-1)
             last = lengths.unsqueeze(1) + torch.arange(kept, device=dt.device)  # the last inputs that count
             conv_state = window.gather(1, last.unsqueeze(-1).expand(-1, -1, self.conv_dim))
         A = -torch.exp(self.A_log.float())
         with torch.autocast(hidden.device.type, enabled=False):  # the state and its sums keep their precision
             scan = ssd_scan(x, dt, A, B, C, initial_state=state.ssm_state, chunk_size=self.chunk_size)
+        trace = ScanTrace(*(value.detach() for value in (x, dt, A, B, C, scan.chunk_states)))
+        y, x = (scan.y, x) if propagated is None else (propagated.select(scan.y), propagated.select(x))
         if quick:
             skip = self.D.repeat_interleave(self.headdim)
-            normal = gate_norm(scan.y.flatten(2), x.flatten(2), z, skip, self.norm.weight, self.norm.eps)
+            normal = gate_norm(y.flatten(2), x.flatten(2), z, skip, self.norm.weight, self.norm.eps)
         else:
-            normal = self.norm(torch.addcmul(scan.y, x, self.D[:, None]).flatten(2), z)
-        trace = ScanTrace(*(value.detach() for value in (x, dt, A, B, C, scan.chunk_states)))
+            normal = self.norm(torch.addcmul(y, x, self.D[:, None]).flatten(2), z)
         return self.out_proj(normal), BlockState(conv_state, scan.final_state), trace
 
     def step(
@@ -257,6 +275,24 @@ class VariableStateSpaceModel(nn.Module):
         trace = StepTrace(F.pad(B, missing), F.pad(C, missing), dt, dt * A, change)
         return self.out_proj(self.norm(y, z)), trace
 
+    def propagate(self, codes: Tensor, state: BlockState, rows: Tensor, columns: Tensor) -> None:
+        """Read one position for some rows of a batch, where the block is not run, into their state.
+
+        Args:
+            codes: [n, r]. state: of B sequences. rows: [n] of them. columns: [n] of the state that run.
+        """
+        assert self.propagation is not None
+        new, dt_raw = self.propagation(codes).split([self.conv_dim, self.heads], dim=-1)
+        window = torch.cat([state.conv_state[rows], new.unsqueeze(1)], dim=1)
+        xBC = F.silu((window * self.conv_weight.t()).sum(1) + self.conv_bias)
+        x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
+        B, C = self._mask(B, C, columns, state.ssm_state.shape[-1])
+        B = B * (torch.arange(B.shape[-1], device=B.device) < self.levels[0])
+        x = x.unflatten(-1, (self.heads, self.headdim))
+        _, after = ssd_step(x, self._dt(dt_raw, None), -torch.exp(self.A_log.float()), B, C, state.ssm_state[rows])
+        state.conv_state.index_copy_(0, rows, window[:, 1:])
+        state.ssm_state.index_copy_(0, rows, after)
+
 
 class AdaptiveMambaBlock(Viewed[BlockViews]):
     """Pre-norm residual block around :class:`VariableStateSpaceModel`."""
@@ -282,6 +318,7 @@ class AdaptiveMambaBlock(Viewed[BlockViews]):
         *,
         lengths: Tensor | None = None,
         columns: Tensor | None = None,
+        propagated: Propagated | None = None,
         traced: bool = True,
     ) -> tuple[Tensor, BlockState, ScanTrace | None]:
         """``hidden`` [B, L, D] with the block's update added; see the mixer.
@@ -290,11 +327,13 @@ class AdaptiveMambaBlock(Viewed[BlockViews]):
         """
         if compiled(hidden):
             output, (after,), trace = read_stack(
-                [self.views()], hidden, [state], stretch, lengths, columns, traced=traced
+                [self.views()], hidden, [state], stretch, lengths, columns, propagated, traced=traced
             )
             return output, after, trace
         normal = self.norm(hidden)
-        update, after, trace = self.mixer(normal, state, stretch, lengths=lengths, columns=columns)
+        update, after, trace = self.mixer(
+            normal, state, stretch, lengths=lengths, columns=columns, propagated=propagated
+        )
         return hidden + update, after, trace
 
     def step(
@@ -319,6 +358,7 @@ class AdaptiveMambaBlock(Viewed[BlockViews]):
             norm=(arrays[11], self.norm.eps),
             gate_norm=(arrays[8], mixer.norm.eps),
             A_log=arrays[5],
+            propagation=None if mixer.propagation is None else mixer.propagation.weight.detach().t(),
             chunk_size=mixer.chunk_size,
             mixer=(*arrays[:8], *limits),
             step=(*arrays, *limits, mixer.norm.eps, self.norm.eps),

@@ -169,6 +169,20 @@ def _advance_head(
 
 
 @njit(cache=True, nogil=True, fastmath=_VECTORS)
+def _write_head(
+    state: Singles, columns: int, written: int, x: Singles, key: Singles, step: np.float32, decay: np.float32
+) -> None:  # pragma: no cover - compiled
+    """One position of one head that is not asked for its output: ``written`` columns are, all that run decay."""
+    for p in range(x.shape[0]):
+        added = step * x[p]
+        row = state[p]
+        for n in range(written):
+            row[n] = row[n] * decay + added * key[n]
+        for n in range(written, columns):
+            row[n] *= decay
+
+
+@njit(cache=True, nogil=True, fastmath=_VECTORS)
 def _advance_head_traced(
     state: Singles,
     columns: int,
@@ -253,6 +267,7 @@ def mixer_rows(
     last: int,
     projected: Singles,
     log_stretch: Singles,
+    places: Integers,
     lengths: Integers,
     columns: Integers,
     conv_state: Singles,
@@ -282,6 +297,8 @@ def mixer_rows(
 
     Args:
         projected: [B, L, z | x B C | dt]. log_stretch: [B, L] logarithm of the bytes that a step stands for.
+        places: [B, L] where in ``gated`` the output of a position goes; below 0 where the block is not run and its
+            state reads what was propagated, which stands in ``projected``.
         lengths: [B] positions that count. columns: [B] of the state that run, at most N.
         conv_state: [B, d_conv - 1, C] before the first position, not changed.
         ssm_state: [B, H, P, N], advanced in place.
@@ -289,7 +306,7 @@ def mixer_rows(
             mixed: [B, L, x | B | C], with what was convolved, steps: [B, H, L], with dt, and changes: [B, H, L], with
             the squared norm of the state's change; nobody wants them where c is 0. By head, since threads that write
             side by side wait for each other.
-        gated: [B, L, HP], filled with gated outputs where a position counts.
+        gated: [B, K, HP], filled with gated outputs where a position counts.
         levels: sizes that the state may run at. level_scale: of C at each of them but the last.
         conv_weight: [C, d_conv]. conv_bias: [C].
         dt_bias, A_log, D: [H]. exponent: [H], of the stretch. least_dt, most_dt: limits of the step size.
@@ -321,8 +338,12 @@ def mixer_rows(
                         before[b, t // chunk_size, h] = now
                     size = projected[b, t, inner + channels + h] + dt_bias[h]
                     size = _step_size(size, exponent[h], log_stretch[b, t], least_dt, most_dt)
-                    x, out, key = inputs[t - start, own], gated[b, t, part], keys[t - start]
+                    x, key, place = inputs[t - start, own], keys[t - start], places[b, t]
                     query, decay = key[d_state:], np.float32(math.exp(-size * rate))
+                    if place < 0:
+                        _write_head(now, columns[b], min(columns[b], levels[0]), x, key, size, decay)
+                        continue
+                    out = gated[b, place, part]
                     if traced:
                         steps[b, h, t] = size
                         changes[b, h, t] = _advance_head_traced(now, columns[b], x, key, query, size, decay, out)
@@ -368,6 +389,22 @@ def hold_rows(
 
 
 @njit(cache=True, nogil=True)
+def _slide(
+    mixed: Singles, window: Singles, new: Singles, by_tap: Singles, bias: Singles
+) -> None:  # pragma: no cover - compiled
+    """Fill ``mixed`` [C] with one position's convolution and activation; ``window`` [d_conv - 1, C] takes it in."""
+    kept = window.shape[0]
+    mixed[:] = bias
+    for k in range(kept):
+        _add_tap(mixed, window[k], by_tap[k])
+    _add_tap(mixed, new, by_tap[kept])
+    _silu(mixed)
+    for k in range(kept - 1):
+        window[k] = window[k + 1]
+    window[kept - 1] = new
+
+
+@njit(cache=True, nogil=True)
 def block_rows(
     rows: Integers,
     hidden: Singles,
@@ -406,23 +443,15 @@ def block_rows(
     count = rows.shape[0]
     heads, headdim = ssm_state.shape[1:3]
     inner = heads * headdim
-    channels, taps = conv_weight.shape
+    channels = conv_weight.shape[0]
     d_state = (channels - inner) // 2
     by_tap = conv_weight.T.copy()
     projected = project_rows(norm_rows(hidden, norm, eps), in_proj)
     gated = np.empty((count, inner), np.float32)
     mixed = np.empty(channels, np.float32)
     for i in range(count):
-        window, new = conv_state[rows[i]], projected[i, inner : inner + channels]
-        mixed[:] = conv_bias
-        for k in range(taps - 1):
-            _add_tap(mixed, window[k], by_tap[k])
-        _add_tap(mixed, new, by_tap[taps - 1])
-        _silu(mixed)
+        _slide(mixed, conv_state[rows[i]], projected[i, inner : inner + channels], by_tap, conv_bias)
         _scale_keys(mixed, inner, d_state, columns[i], levels, level_scale)
-        for k in range(taps - 2):
-            window[k] = window[k + 1]
-        window[taps - 2] = new
         key, query, change = mixed[inner : inner + d_state], mixed[inner + d_state :], 0.0
         for h in range(heads):
             now, part = ssm_state[rows[i], h], slice(h * headdim, (h + 1) * headdim)
@@ -439,6 +468,47 @@ def block_rows(
         if traced:
             trace[0][i], trace[1][i], trace[4][i] = key, query, change
     hidden += project_rows(norm_rows(gated, gate_norm, gate_eps), out_proj)
+
+
+@njit(cache=True, nogil=True)
+def propagate_rows(
+    rows: Integers,
+    codes: Singles,
+    columns: Integers,
+    weight: Singles,
+    levels: Integers,
+    level_scale: Singles,
+    conv_weight: Singles,
+    conv_bias: Singles,
+    dt_bias: Singles,
+    A_log: Singles,
+    least_dt: float,
+    most_dt: float,
+    conv_state: Singles,
+    ssm_state: Singles,
+) -> None:  # pragma: no cover - compiled
+    """One byte read by the states of a block that is not run, for some rows of a batch; they are advanced in place.
+
+    Args:
+        rows: [n] rows of the state. codes: [n, r]. weight: [x B C | dt, r]. All others as in :func:`block_rows`.
+    """
+    heads, headdim = ssm_state.shape[1:3]
+    inner = heads * headdim
+    channels = conv_weight.shape[0]
+    d_state = (channels - inner) // 2
+    by_tap = conv_weight.T.copy()
+    read = project_rows(codes, weight)
+    mixed = np.empty(channels, np.float32)
+    for i in range(rows.shape[0]):
+        window, new = conv_state[rows[i]], read[i, :channels]
+        _slide(mixed, window, new, by_tap, conv_bias)
+        _scale_keys(mixed, inner, d_state, columns[i], levels, level_scale)
+        written = min(columns[i], levels[0])
+        for h in range(heads):
+            size = _step_size(read[i, channels + h] + dt_bias[h], np.float32(0.0), np.float32(0.0), least_dt, most_dt)
+            decay = np.float32(math.exp(np.float32(-size * math.exp(A_log[h]))))
+            x = mixed[h * headdim : (h + 1) * headdim]
+            _write_head(ssm_state[rows[i], h], columns[i], written, x, mixed[inner:], size, decay)
 
 
 @njit(cache=True, nogil=True)
@@ -475,6 +545,8 @@ def decode_rows(
     columns: Integers,
     trunk_layers: int,
     blocks: tuple[Any, ...],
+    propagations: tuple[Singles, ...],
+    code: Singles,
     down: Singles,
     up: Singles,
     raw_fading: Singles,
@@ -492,17 +564,31 @@ def decode_rows(
     Args:
         fired: [n]. rates: [n]. rows: [n] rows of the blocks' states. columns: [n] of the trunk's state that run.
         blocks: a tuple for each block of trunk and decoder, as of :func:`encode_rows`. trunk_layers: of the trunk.
+        propagations: a matrix [x B C | dt, r] for each block of the trunk, and code: [r, d_model] of the router; empty
+            where the states do not read what the trunk skips.
         down: [d_trunk, d_model] and up: [d_model, d_trunk] of the router; empty where the widths are equal.
         head: [V, d_model]. All others as in :func:`hold_rows`.
     """
     no_trace = np.empty((0, 0), np.float32), np.empty((0, 0), np.float32)
     trace = (*no_trace, *no_trace, np.empty(0))
-    index = np.flatnonzero(fired)
+    index, propagates = np.flatnonzero(fired), code.shape[0] > 0
+    between = np.flatnonzero((rates > 0.0) & ~fired)
+    if propagates and len(between):
+        skipped = np.empty((len(between), hidden.shape[1]), np.float32)
+        for i, row in enumerate(between):
+            skipped[i] = hidden[row]
+        codes = project_rows(norm_rows(skipped, np.ones(hidden.shape[1], np.float32), eps), code)
+        for i in range(trunk_layers):
+            levels, scale, conv_weight, conv_bias, dt_bias, A_log = blocks[i][:6]
+            propagate_rows(
+                rows[between], codes, columns[between], propagations[i], levels, scale, conv_weight, conv_bias,
+                dt_bias, A_log, *blocks[i][12:14], *blocks[i][16:],
+            )  # fmt: skip
     if len(index):
         stretch = np.empty(len(index), np.float32)
         selected = np.empty((len(index), hidden.shape[1]), np.float32)
         for i, row in enumerate(index):
-            stretch[i] = math.log(positions[row] + 1 - last_fire[row])
+            stretch[i] = 0.0 if propagates else math.log(positions[row] + 1 - last_fire[row])
             selected[i] = hidden[row]
         entered = project_rows(selected, down) if down.shape[0] else selected
         left = entered.copy()

@@ -23,7 +23,7 @@ from model.training.calibration import calibrate
 from model.training.cli import sampling_weights
 from model.training.config import TrainingConfig
 from model.training.data import Corpus
-from model.training.loss import clamped_bits, mean_ahead, pass_cost
+from model.training.loss import clamped_bits, end_cost, mean_ahead
 
 READ = 16
 """Sequences read at once."""
@@ -47,9 +47,14 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
         "--measured", action=argparse.BooleanOptionalAction, help="also read the four measured features; as it was"
     )
     parser.add_argument("--inertia", type=float, help="what keeps stretches of fires together; as it was")
-    parser.add_argument("--window", type=int, default=16, help="bytes over which the density is averaged")
     parser.add_argument(
-        "--foresight", type=int, default=64, help="bytes ahead over which the trunk's worth is averaged"
+        "--restart-bytes", type=float, help="what a plan counts as lost after a gap, in bytes; as it was"
+    )
+    parser.add_argument("--window", type=int, help="bytes over which the density is averaged; as it was")
+    parser.add_argument(
+        "--foresight",
+        type=int,
+        help="bytes ahead over which the trunk's worth is averaged; 64, or 1 where its states read between fires",
     )
     parser.add_argument("--sequences", type=int, default=512, help="sequences read")
     parser.add_argument("--length", type=int, default=2048, help="bytes of each")
@@ -61,13 +66,20 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
 def run_fit(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     set_threads(arguments.threads)
+    config = read_config(arguments.initial)
+    if arguments.foresight is None:
+        arguments.foresight = 1 if config.model.propagation_rank else 64
     # Of a training run, whose bounds they have.
     settings = {name: getattr(arguments, name) for name in ("foresight", "sequences", "length", "seed")}
     TrainingConfig.model_validate(settings)
-    config = read_config(arguments.initial)
     source = load_checkpoint(arguments.initial, choose_device(arguments.device))
-    change = {"density_hidden": arguments.units, "window_size": arguments.window}
-    optional = {"density_measured": arguments.measured, "inertia": arguments.inertia}
+    change = {"density_hidden": arguments.units}
+    optional = {
+        "density_measured": arguments.measured,
+        "inertia": arguments.inertia,
+        "restart_bytes": arguments.restart_bytes,
+        "window_size": arguments.window,
+    }
     change |= {name: value for name, value in optional.items() if value is not None}
     torch.manual_seed(arguments.seed)
     model = with_density(source, ModelConfig.model_validate(source.config.model_dump() | change))
@@ -117,8 +129,7 @@ def read_evidence(model: AdaptiveAttentionSystem, tokens: Tensor, foresight: int
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     encoded = model.encode(inputs, model.allocate_state(len(inputs)).encoder)
     features, _ = model.features(encoded, model.density.zero_state(len(inputs), tokens.device))
-    never = torch.zeros_like(inputs, dtype=torch.bool)
-    full, floor = (pass_cost(model, encoded, fires, targets) for fires in (None, never))
+    full, floor = (end_cost(model, encoded, targets, floor=floor) for floor in (False, True))
     worth = clamped_bits(mean_ahead(floor - full, foresight))
     hidden = encoded.hidden.flatten(0, 1).half()
     return Evidence(features[..., :-1].flatten(0, 1), hidden, worth.flatten())

@@ -48,7 +48,7 @@ def compute_loss(
     if reduced is None:
         return loss
     if reduced.ends_only:
-        floor = pass_cost(model, encoded, torch.zeros_like(inputs, dtype=torch.bool), targets)
+        floor = end_cost(model, encoded, targets, floor=True)
         loss.total = config.full_weight * full.mean() + (1.0 - config.full_weight) * floor.mean()
         loss.bits["floor"] = floor.mean().item() / math.log(2.0)
         return loss
@@ -56,12 +56,11 @@ def compute_loss(
     exit_logits = model.exit_head(encoded.hidden) if model.density.measured or config.exit_weight > 0.0 else None
     density, smoothed = _analyse(model, exit_logits, encoded, reduced)
     fires = torch.from_numpy(choose_fires(model.tiles, smoothed, reduced)).to(inputs.device)
-    logits = model.head(
-        model.combine(encoded.hidden, fires, model.allocate_state(len(tokens), d_state=reduced.d_state))
-    )
+    state = model.allocate_state(len(tokens), d_state=reduced.d_state)
+    logits = model.head(model.combine(encoded.hidden, fires, state, propagate=reduced.rate > 0.0))
     cost = cross_entropy(logits, targets)
     with torch.set_grad_enabled(config.floor_weight > 0.0):
-        floor = cost if reduced.rate == 0 else pass_cost(model, encoded, torch.zeros_like(fires), targets)
+        floor = cost if reduced.rate == 0 else end_cost(model, encoded, targets, floor=True)
     task = config.full_weight * full.mean() + config.floor_weight * floor.mean()
     task = task + (1.0 - config.full_weight - config.floor_weight) * cost.mean()
     information = divergence(logits, full_logits) + density_regression(
@@ -102,9 +101,11 @@ def _analyse(
     return density, smoothed
 
 
-def pass_cost(model: AdaptiveAttentionSystem, encoded: Encoded, fires: Tensor | None, targets: Tensor) -> Tensor:
-    """Cross entropy in nats [B, L] of texts from their start, the trunk run at ``fires`` [B, L] (None: everywhere)."""
-    return cross_entropy(model.head(model.combine(encoded.hidden, fires, model.allocate_state(len(targets)))), targets)
+def end_cost(model: AdaptiveAttentionSystem, encoded: Encoded, targets: Tensor, *, floor: bool) -> Tensor:
+    """Cross entropy in nats [B, L] of texts from their start, the trunk run everywhere or nowhere (``floor``)."""
+    fires = torch.zeros_like(targets, dtype=torch.bool) if floor else None
+    state = model.allocate_state(len(targets))
+    return cross_entropy(model.head(model.combine(encoded.hidden, fires, state, propagate=False)), targets)
 
 
 def divergence(logits: Tensor, full_logits: Tensor) -> Tensor:
@@ -123,9 +124,9 @@ def compute_error(model: AdaptiveAttentionSystem, density: Tensor, rate: float) 
         density: [B, L] bits, differentiable. rate: fires per byte that the budget pays for, between 0 and 1.
     """
     cost = model.cost
-    trunk = cost.unit.trunk / cost.full_flops(1, 1)
+    fire = cost.fire / cost.full_flops(1, 1)
     expected = expected_rates(density, rate, model.density.window_size, model.tiles.spread)
-    return (trunk * (expected - rate)).square().mean().float()
+    return (fire * (expected - rate)).square().mean().float()
 
 
 def density_regression(

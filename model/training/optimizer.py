@@ -58,7 +58,9 @@ class AdaptiveOptimizer:
         for name, parameter in model.named_parameters():
             if name.startswith(("density.", "tiles.")):
                 density.append(parameter)
-            elif name.endswith(("in_proj.weight", "out_proj.weight", "down.weight", "up.weight")):
+            elif name.endswith(
+                ("in_proj.weight", "out_proj.weight", "propagation.weight", "down.weight", "up.weight", "code.weight")
+            ):
                 matrices.append(parameter)
             elif parameter.dim() >= 2:
                 decayed.append(parameter)

@@ -34,7 +34,8 @@ def validate(model: AdaptiveAttentionSystem, tokens: Tensor, *, plain: bool = Fa
         encoded = model.encode(inputs[rows], model.allocate_state(len(inputs[rows])).encoder)
         for name, chosen in fires.items():
             state = model.allocate_state(len(inputs[rows]))
-            output = model.combine(encoded.hidden, None if chosen is None else chosen[rows], state)
+            taken = None if chosen is None else chosen[rows]
+            output = model.combine(encoded.hidden, taken, state, propagate=RATES[name] > 0.0)
             sums[name] += cross_entropy(model.head(output), targets[rows]).double().sum().item()
     model.train()
     return {name: total / (targets.numel() * math.log(2.0)) for name, total in sums.items()}

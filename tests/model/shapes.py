@@ -33,6 +33,13 @@ SMALL = ModelConfig(
 UNMEASURED = SMALL.model_copy(update={"density_measured": False})
 """Its density is the learned feature alone."""
 
+PROPAGATING = UNMEASURED.model_copy(update={"propagation_rank": 6, "window_size": 1, "inertia": 0.0})
+"""The trunk's states read what the trunk skips, so that it may fire at single bytes."""
+
+_AT_REST = (
+    "tile_exponent", "level_scale", "conv_bias", "D", "dt_bias", "inner_bias", "outer", "propagation.weight",
+)  # fmt: skip
+
 
 def random_model(config: ModelConfig = SMALL, seed: int = 0) -> AdaptiveAttentionSystem:
     """A model whose zero and one initialised parameters are moved as well, with thresholds that suit its densities."""
@@ -43,10 +50,7 @@ def random_model(config: ModelConfig = SMALL, seed: int = 0) -> AdaptiveAttentio
         for name, parameter in model.named_parameters():
             if name.endswith(("in_proj.weight", "out_proj.weight")):
                 parameter.mul_(3)
-            elif (
-                name.endswith(("tile_exponent", "level_scale", "conv_bias", "D", "dt_bias", "inner_bias", "outer"))
-                or "fold" in name
-            ):
+            elif name.endswith(_AT_REST) or "fold" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
         density = model.analyse(random_tokens(1, 2048, seed))
         levels = torch.tensor([1.0 - rate for rate in RATES[:-1]]) * 0.98

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
+import model.decoding as model_decoding
 from model.config import ModelConfig
 from model.cost import CostModel, Flops
-from tests.model.shapes import SMALL, random_model, random_tokens, without_compiled_code
+from tests.model.shapes import PROPAGATING, SMALL, random_model, random_tokens, without_compiled_code
 
 COST = CostModel(ModelConfig())
 
@@ -106,3 +109,42 @@ def test_a_budget_just_under_full_never_asks_for_more_than_every_byte(budget: fl
     assert 0.0 < COST.rates(budget).prefill <= 1.0
     assert 0.0 < COST.rates(budget).decode <= 1.0
     assert COST.budget(COST.rates(budget).decode, logits=1) <= budget + 1e-12
+
+
+@pytest.mark.parametrize("fires", [True, False])
+def test_what_states_read_between_fires_is_counted_as_torch_counts_it(
+    fires: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_compiled_code(monkeypatch)
+    config, rows = PROPAGATING, 4
+    model = random_model(config)
+    monkeypatch.setattr(model_decoding, "fire_step", lambda *_: torch.full((rows,), fires))
+    state = model.allocate_state(rows)
+    with FlopCounterMode(display=False) as counter:
+        fired = model.step(random_tokens(rows, 1)[:, 0], state, torch.full((rows,), 0.5, dtype=torch.float64)).fired
+    assert fired.tolist() == [fires] * rows
+    inner, mixed = config.inner(config.d_trunk), config.inner(config.d_trunk) + 2 * config.d_state
+    written = config.d_state + 2 * config.d_state_levels[0]
+    booked = model.cost.flops(1, int(fires), 1, 1).total
+    outer = config.encoder_layers + config.decoder_layers
+    booked -= outer * recurrence(config, config.d_model)
+    booked -= config.trunk_layers * (
+        recurrence(config, config.d_trunk) if fires else 2 * config.d_conv * mixed + inner * written
+    )
+    assert counter.get_total_flops() == rows * booked
+
+
+def test_budgets_pay_for_what_states_read_between_fires() -> None:
+    cost, skips = CostModel(PROPAGATING), CostModel(SMALL)
+    assert skips.propagation == 0
+    assert 0 < cost.propagation < 0.5 * cost.unit.trunk
+    assert cost.flops(10, 4, 2, 10).trunk == 4 * cost.unit.trunk + 6 * cost.propagation
+    assert cost.flops(10, 4, 2, 0, propagated=6) == replace(cost.flops(10, 4, 2, 10), density=0)
+    spared = PROPAGATING.trunk_layers * PROPAGATING.inner(PROPAGATING.d_trunk) * (16 - 4)
+    shrunk, whole = cost.flops(10, 4, 2, 10, 4), cost.flops(10, 4, 2, 10)
+    assert whole.trunk - shrunk.trunk == (4 * 5 + 6) * spared
+    for budget in (cost.least_adaptive, 0.6, 0.95):
+        rates = cost.rates(budget)
+        for rate, logits in ((rates.prefill, 0), (rates.decode, 1_000_000)):
+            spent = cost.flops(1_000_000, round(rate * 1_000_000), logits, 1_000_000).total
+            assert spent / cost.full_flops(1_000_000, logits) == pytest.approx(budget, abs=1e-5)

@@ -15,12 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.config import ModelConfig
+from model.lm import AdaptiveAttentionSystem
 from model.state import ModelState
-from tests.model.shapes import SMALL, random_model, random_tokens
+from tests.model.shapes import PROPAGATING, SMALL, random_model, random_tokens
 
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}
-MODEL = random_model()
-MODEL.tiles.log_tau.fill_(math.log(0.3))  # stale at once, so that the trunk fires in stretches, as trained models do
+SKIPS, PROPAGATES = random_model(), random_model(PROPAGATING)
+SKIPS.tiles.log_tau.fill_(math.log(0.3))  # stale at once, so that the trunk fires in stretches, as trained models do
+MODELS = st.sampled_from([SKIPS, PROPAGATES])
 BLOCK, CHUNK = SMALL.block_size, SMALL.chunk_size
 
 
@@ -38,13 +40,15 @@ def pieces(lengths: st.SearchStrategy[int], most: int) -> st.SearchStrategy[list
     return st.lists(st.builds(Piece, lengths, rates, st.sampled_from(SMALL.d_state_levels)), min_size=1, max_size=most)
 
 
-def walk(tokens: torch.Tensor, parts: list[Piece], state: ModelState) -> tuple[torch.Tensor, torch.Tensor]:
+def walk(
+    model: AdaptiveAttentionSystem, tokens: torch.Tensor, parts: list[Piece], state: ModelState
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [L, V] and fires [L] of stepping through the pieces one byte at a time."""
     outputs = []
     for part, text in zip(parts, tokens.split([part.length for part in parts], dim=1), strict=True):
-        MODEL.resize_state_space(state, part.columns)
+        model.resize_state_space(state, part.columns)
         rate = torch.tensor([part.rate], dtype=torch.float64)
-        outputs += [MODEL.step(column, state, rate) for column in text.unbind(1)]
+        outputs += [model.step(column, state, rate) for column in text.unbind(1)]
     return torch.cat([output.logits for output in outputs]), torch.cat([output.fired for output in outputs])
 
 
@@ -58,16 +62,18 @@ def assert_same_state(one: ModelState, other: ModelState, *, density: bool) -> N
 
 
 @settings(max_examples=30)
-@given(parts=pieces(st.integers(1, BLOCK), 5), seed=st.integers(0, 20))
-def test_scored_pieces_of_any_length_equal_stepping(path: str, parts: list[Piece], seed: int) -> None:
+@given(model=MODELS, parts=pieces(st.integers(1, BLOCK), 5), seed=st.integers(0, 20))
+def test_scored_pieces_of_any_length_equal_stepping(
+    path: str, model: AdaptiveAttentionSystem, parts: list[Piece], seed: int
+) -> None:
     """The causal rule decides alike too, across pieces, changes of budget and resizes: quota, age, density carried."""
     tokens = random_tokens(1, sum(part.length for part in parts), seed)
-    stepped, read = MODEL.allocate_state(1), MODEL.allocate_state(1)
-    expected, fires = walk(tokens, parts, stepped)
+    stepped, read = model.allocate_state(1), model.allocate_state(1)
+    expected, fires = walk(model, tokens, parts, stepped)
     logits, ends, done = [], [], 0
     for part, text in zip(parts, tokens.split([part.length for part in parts], dim=1), strict=True):
-        MODEL.resize_state_space(read, part.columns)
-        output = MODEL.prefill(text, read, part.rate, score=True)
+        model.resize_state_space(read, part.columns)
+        output = model.prefill(text, read, part.rate, score=True)
         logits.append(output.logits)
         ends += [done + end for end in output.tile_ends]
         done += part.length
@@ -78,59 +84,67 @@ def test_scored_pieces_of_any_length_equal_stepping(path: str, parts: list[Piece
 
 @settings(max_examples=30)
 @given(
-    blocks=pieces(st.just(BLOCK), 3), tail=pieces(st.integers(1, BLOCK), 1), after=pieces(st.integers(1, 30), 3),
-    seed=st.integers(0, 20),
+    model=MODELS, blocks=pieces(st.just(BLOCK), 3), tail=pieces(st.integers(1, BLOCK), 1),
+    after=pieces(st.integers(1, 30), 3), seed=st.integers(0, 20),
 )  # fmt: skip
 def test_planned_blocks_then_steps_equal_passes_over_the_same_tiles(
-    path: str, blocks: list[Piece], tail: list[Piece], after: list[Piece], seed: int
+    path: str,
+    model: AdaptiveAttentionSystem,
+    blocks: list[Piece],
+    tail: list[Piece],
+    after: list[Piece],
+    seed: int,
 ) -> None:
     """A prompt in blocks, re-tiled and resized between them, goes on in steps; a pass gets the tiles that came out."""
     prompt = blocks + tail
     parts = prompt + after
     lengths = [part.length for part in parts]
     texts = random_tokens(1, sum(lengths), seed).split(lengths, dim=1)
-    read, passed = MODEL.allocate_state(1), MODEL.allocate_state(1)
+    read, passed = model.allocate_state(1), model.allocate_state(1)
     for index, (part, text) in enumerate(zip(parts, texts, strict=True)):
         for state in (read, passed):
-            MODEL.resize_state_space(state, part.columns)
+            model.resize_state_space(state, part.columns)
         fires = torch.zeros(1, part.length, dtype=torch.bool)
         if index < len(prompt):
-            output = MODEL.prefill(text, read, part.rate)
+            output = model.prefill(text, read, part.rate)
             fires[0, output.tile_ends] = True
             logits = output.logits.unsqueeze(0)
         else:
             rate = torch.tensor([part.rate], dtype=torch.float64)
-            outputs = [MODEL.step(column, read, rate) for column in text.unbind(1)]
+            outputs = [model.step(column, read, rate) for column in text.unbind(1)]
             fires = torch.stack([step.fired for step in outputs], 1)
             logits = torch.cat([step.logits for step in outputs])
-        encoded = MODEL.encode(text, passed.encoder)
+        encoded = model.encode(text, passed.encoder)
         passed.encoder = encoded.states
-        expected = MODEL.head(MODEL.combine(encoded.hidden, fires, passed))[0]
+        expected = model.head(model.combine(encoded.hidden, fires, passed, propagate=part.rate > 0.0))[0]
         torch.testing.assert_close(logits, expected[-len(logits) :], **CLOSE)
         passed.router.quota += part.rate * part.length
     assert_same_state(read, passed, density=False)
 
 
 @settings(max_examples=30)
-@given(cuts=st.sets(st.integers(1, 15), max_size=6), rate=st.sampled_from([0.1, 0.5, 1.0]))
-def test_a_pass_cut_at_any_chunks_is_the_whole_pass(path: str, cuts: set[int], rate: float) -> None:
+@given(model=MODELS, cuts=st.sets(st.integers(1, 15), max_size=6), rate=st.sampled_from([0.1, 0.5, 1.0]))
+def test_a_pass_cut_at_any_chunks_is_the_whole_pass(
+    path: str, model: AdaptiveAttentionSystem, cuts: set[int], rate: float
+) -> None:
     length = 16 * CHUNK
     tokens = random_tokens(2, length)
     fires = torch.rand(2, length, generator=torch.Generator().manual_seed(len(cuts))) < rate
-    expected = MODEL(tokens, fires)
+    expected = model(tokens, fires)
     bounds = [0, *(cut * CHUNK for cut in sorted(cuts)), length]
-    state, logits = MODEL.allocate_state(2), []
+    state, logits = model.allocate_state(2), []
     for start, end in pairwise(bounds):
-        encoded = MODEL.encode(tokens[:, start:end], state.encoder)
+        encoded = model.encode(tokens[:, start:end], state.encoder)
         state.encoder = encoded.states
-        logits.append(MODEL.head(MODEL.combine(encoded.hidden, fires[:, start:end], state)))
+        logits.append(model.head(model.combine(encoded.hidden, fires[:, start:end], state)))
     torch.testing.assert_close(torch.cat(logits, 1), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("shape", [SMALL, PROPAGATING], ids=["skips", "propagates"])
 @pytest.mark.parametrize("length", [1, 511, 512, 513, 100_000])
-def test_texts_around_a_block_and_very_long_ones(path: str, length: int) -> None:
+def test_texts_around_a_block_and_very_long_ones(path: str, length: int, shape: ModelConfig) -> None:
     """Blocks of 512 bytes at a low budget against one pass over the whole text."""
-    model = random_model(ModelConfig(**{**SMALL.model_dump(), "block_size": 512, "chunk_size": 64}))
+    model = random_model(ModelConfig(**{**shape.model_dump(), "block_size": 512, "chunk_size": 64}))
     tokens, state, fires = random_tokens(1, length), model.allocate_state(1), []
     for text in tokens.split(512, dim=1):
         output = model.prefill(text, state, 0.1)

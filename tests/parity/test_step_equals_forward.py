@@ -8,7 +8,7 @@ import torch
 
 from model.adaptive.tiling import Pace, TileManager
 from model.config import ModelConfig
-from tests.model.shapes import SMALL, UNMEASURED, random_model, random_tokens, step_through
+from tests.model.shapes import PROPAGATING, SMALL, UNMEASURED, random_model, random_tokens, step_through
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 START = Pace(position=0, last_fire=0, fires=0, quota=0.0)
@@ -20,19 +20,25 @@ def fires_of(ends: list[int], length: int) -> torch.Tensor:
     return fires
 
 
+SHAPES = pytest.mark.parametrize("shape", [SMALL, PROPAGATING], ids=["skips", "propagates"])
+
+
+@SHAPES
 @pytest.mark.parametrize("d_state", [None, 4])
 @pytest.mark.parametrize("rate", [1.0, 0.7, 0.5, 0.25, 0.05, 0.0])
-def test_stepping_equals_one_forward_pass(rate: float, d_state: int | None) -> None:
-    model, tokens = random_model(), random_tokens(1, 150)
+def test_stepping_equals_one_forward_pass(rate: float, d_state: int | None, shape: ModelConfig) -> None:
+    model, tokens = random_model(shape), random_tokens(1, 150)
     logits, fires = step_through(model, tokens, torch.tensor([rate], dtype=torch.float64), d_state)
     assert fires.float().mean().item() == pytest.approx(rate, abs=0.2)
     torch.testing.assert_close(logits, model(tokens, fires, d_state=d_state), **CLOSE)
 
 
-def test_rows_of_other_rates_and_state_sizes_step_as_in_one_pass() -> None:
+@SHAPES
+def test_rows_of_other_rates_and_state_sizes_step_as_in_one_pass(shape: ModelConfig) -> None:
     """Rows fire at different bytes, so a pass packs tiles of different numbers, and goes on from there."""
-    model, tokens = random_model(), random_tokens(4, 120)
-    rates, columns = torch.tensor([1.0, 0.6, 0.2, 0.0], dtype=torch.float64), torch.tensor([8, 16, 4, 16])
+    model, tokens = random_model(shape), random_tokens(4, 120)
+    lowest = 0.1 if shape.propagation_rank else 0.0  # at the floor states do not read on, and a pass is for all rows
+    rates, columns = torch.tensor([1.0, 0.6, 0.2, lowest], dtype=torch.float64), torch.tensor([8, 16, 4, 16])
     stepped, passed = model.allocate_state(4), model.allocate_state(4)
     for state in (stepped, passed):
         model.resize_state_space(state, columns)
@@ -68,7 +74,13 @@ def test_a_resize_in_mid_sequence_is_the_same_for_steps_and_passes() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"tied_head": False, "vocab_size": 300}, {"dt_limits": (0.02, 0.06)}, {"density_measured": False}]
+    "changes",
+    [
+        {"tied_head": False, "vocab_size": 300},
+        {"dt_limits": (0.02, 0.06)},
+        {"density_measured": False},
+        {"propagation_rank": 3, "d_trunk": 32, "d_conv": 2},
+    ],
 )
 def test_stepping_equals_a_pass_for_other_shapes(changes: dict) -> None:
     model, tokens = random_model(ModelConfig(**{**SMALL.model_dump(), **changes})), random_tokens(2, 60)
@@ -77,7 +89,7 @@ def test_stepping_equals_a_pass_for_other_shapes(changes: dict) -> None:
     assert logits.shape[-1] == model.config.vocab_size
 
 
-@pytest.mark.parametrize("shape", [SMALL, UNMEASURED], ids=["measured", "unmeasured"])
+@pytest.mark.parametrize("shape", [SMALL, UNMEASURED, PROPAGATING], ids=["measured", "unmeasured", "propagates"])
 @pytest.mark.parametrize("rate", [0.5, 0.1])
 def test_stepping_fires_where_the_compiled_online_rule_fires(rate: float, shape: ModelConfig) -> None:
     model, tokens = random_model(shape), random_tokens(1, 400)
@@ -86,10 +98,11 @@ def test_stepping_fires_where_the_compiled_online_rule_fires(rate: float, shape:
     assert model.tiles.online(density, rate, START).astype(bool).tolist() == fires[0].tolist()
 
 
+@SHAPES
 @pytest.mark.parametrize("rate", [1.0, 0.4, 0.1, 0.0])
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
-def test_prefill_in_blocks_then_steps_equal_one_forward_pass(rate: float, length: int) -> None:
-    model, tokens = random_model(), random_tokens(1, length + 40)
+def test_prefill_in_blocks_then_steps_equal_one_forward_pass(rate: float, length: int, shape: ModelConfig) -> None:
+    model, tokens = random_model(shape), random_tokens(1, length + 40)
     state, ends = model.allocate_state(1), []
     for start in range(0, length, SMALL.block_size):
         piece = tokens[:, start : min(start + SMALL.block_size, length)]
@@ -118,10 +131,11 @@ def test_density_does_not_depend_on_how_the_text_was_cut(shape: ModelConfig) -> 
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-4)
 
 
+@SHAPES
 @pytest.mark.parametrize("rate", [1.0, 0.6, 0.1, 0.0])
 @pytest.mark.parametrize("length", [1, 64, 65, 200])
-def test_a_scored_prompt_has_the_logits_and_fires_of_stepping(rate: float, length: int) -> None:
-    model, tokens = random_model(), random_tokens(1, length + 20)
+def test_a_scored_prompt_has_the_logits_and_fires_of_stepping(rate: float, length: int, shape: ModelConfig) -> None:
+    model, tokens = random_model(shape), random_tokens(1, length + 20)
     rates = torch.tensor([rate], dtype=torch.float64)
     expected, fires = step_through(model, tokens, rates)
     state, logits, ends = model.allocate_state(1), [], []

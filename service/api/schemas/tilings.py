@@ -42,7 +42,7 @@ class TileModel(ApiModel):
     info_loss: float
     """Bits lost at the positions before its last, where the trunk is stale."""
     compute_cost: int
-    """FLOPs of the trunk step; 0 for a last tile that is still open."""
+    """FLOPs of the trunk: its step, which a last tile that is still open lacks, and what its states read between."""
 
 
 class TilingModel(ApiModel):

@@ -5,8 +5,9 @@ import torch
 
 from model.config import ModelConfig
 from model.layers.mamba2 import AdaptiveMambaBlock, VariableStateSpaceModel
+from model.layers.propagation import Propagated
 from model.state import BlockState
-from tests.model.shapes import SMALL, random_model
+from tests.model.shapes import PROPAGATING, SMALL, random_model
 
 
 @pytest.fixture
@@ -104,6 +105,24 @@ def test_resized_weights_do_what_the_block_does_at_that_level(
         )
     assert block.mixer.d_state == d_state
     torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(after.ssm_state, expected_after.ssm_state, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("d_state", [4, 8])
+def test_resized_weights_read_between_fires_as_the_block_does_at_that_level(d_state: int) -> None:
+    block = random_model(PROPAGATING).trunk[0]
+    mixer, fires = block.mixer, torch.rand(2, 50, generator=torch.Generator().manual_seed(0)) < 0.5
+    fires[:, :20] = True
+    places = torch.argsort((~fires).to(torch.int8), dim=1, stable=True)[:, : int(fires.sum(1).max())]
+    propagated = Propagated(torch.randn(2, 50, PROPAGATING.propagation_rank), fires, places)
+    hidden = torch.randn(2, places.shape[1], mixer.width)
+    with torch.no_grad():
+        live = mixer.resize_state_space(mixer.zero_state(2, hidden.device), d_state)
+        expected, expected_after, _ = block(hidden, live, propagated=propagated)
+        block.resize_state_space(d_state)
+        output, after, _ = block(hidden, block.mixer.zero_state(2, hidden.device), propagated=propagated)
+    counted = torch.arange(places.shape[1]) < fires.sum(1, keepdim=True)
+    torch.testing.assert_close(output[counted], expected[counted], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(after.ssm_state, expected_after.ssm_state, atol=1e-5, rtol=1e-5)
 
 

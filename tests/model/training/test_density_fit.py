@@ -9,7 +9,7 @@ import torch
 from model.checkpoint import load_checkpoint, read_config, save_checkpoint
 from model.training.density import Evidence, fit_density, read_evidence, with_density
 from service.cli import main
-from tests.model.shapes import SMALL, random_model, random_tokens
+from tests.model.shapes import PROPAGATING, SMALL, random_model, random_tokens
 
 WIDER = SMALL.model_copy(update={"density_hidden": 8, "window_size": 16})
 
@@ -48,7 +48,7 @@ def test_another_density_changes_nothing_at_full_budget() -> None:
 
 def test_the_command_writes_a_checkpoint_that_serves(corpus: Path, tmp_path: Path) -> None:
     save_checkpoint(random_model(), tmp_path / "old", {"bytes": 7})
-    options = ["--units", "8", "--length", "128", "--sequences", "16", "--weights", "by-size"]
+    options = ["--units", "8", "--window", "16", "--length", "128", "--sequences", "16", "--weights", "by-size"]
     command = ["fit-density", str(corpus), "--initial", str(tmp_path / "old"), "--output", str(tmp_path / "new")]
     assert main([*command, *options]) == 0
     config = read_config(tmp_path / "new")
@@ -60,12 +60,13 @@ def test_the_command_writes_a_checkpoint_that_serves(corpus: Path, tmp_path: Pat
 
 def test_a_density_may_do_without_what_is_measured(corpus: Path, tmp_path: Path) -> None:
     save_checkpoint(random_model(), tmp_path / "old")
-    options = ["--no-measured", "--inertia", "1", "--length", "128", "--sequences", "16"]
+    options = ["--no-measured", "--inertia", "1", "--restart-bytes", "0", "--length", "128", "--sequences", "16"]
     command = ["fit-density", str(corpus), "--initial", str(tmp_path / "old"), "--output", str(tmp_path / "new")]
     assert main([*command, *options]) == 0
     model = load_checkpoint(tmp_path / "new")
     assert not model.config.density_measured
-    assert model.config.inertia == 1.0
+    assert (model.config.inertia, model.config.restart_bytes) == (1.0, 0.0)
+    assert model.config.window_size == SMALL.window_size
     assert model.cost.unit.density < random_model().cost.unit.density
     inputs, outer = random_tokens(1, 40), model.density.outer
     density = model.analyse(inputs)
@@ -74,6 +75,16 @@ def test_a_density_may_do_without_what_is_measured(corpus: Path, tmp_path: Path)
         outer.zero_()
     assert load_checkpoint(tmp_path / "new").analyse(inputs).equal(density)
     assert model.analyse(inputs).std() < 1e-6  # nothing else is read
+
+
+def test_where_states_read_between_fires_a_byte_s_own_worth_is_foreseen(corpus: Path, tmp_path: Path) -> None:
+    save_checkpoint(random_model(PROPAGATING), tmp_path / "old")
+    for name, more in (("default", []), ("one", ["--foresight", "1"]), ("many", ["--foresight", "64"])):
+        options = ["--initial", str(tmp_path / "old"), "--output", str(tmp_path / name), "--sequences", "16"]
+        assert main(["fit-density", str(corpus), *options, "--length", "128", *more]) == 0
+    fitted = [load_checkpoint(tmp_path / name).analyse(random_tokens(1, 40)) for name in ("default", "one", "many")]
+    assert fitted[0].equal(fitted[1])
+    assert not fitted[0].equal(fitted[2])
 
 
 def test_a_missing_corpus_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

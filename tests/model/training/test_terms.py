@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from model.config import ModelConfig
 from model.training.config import TrainingConfig
 from model.training.expected import expected_rates
 from model.training.firing import Reduced
 from model.training.loss import compute_error, compute_loss, density_regression, mean_ahead
 from model.training.optimizer import AdaptiveOptimizer
-from tests.model.shapes import random_model, random_tokens
+from tests.model.shapes import PROPAGATING, SMALL, random_model, random_tokens
 
 REDUCED = Reduced(rate=0.3, uniform=False, d_state=None, momentum=0.1)
 
@@ -115,11 +116,20 @@ def test_the_compute_term_moves_the_weights_of_the_density_so_that_texts_agree()
     assert model.density.raw_weight[2] < model.density.raw_weight[[0, 1, 3]].min()
 
 
+def test_reduced_passes_alone_train_what_states_read_between_fires() -> None:
+    for reduced, trained in ((REDUCED, True), (Reduced(0.0, False, None, 0.1), False)):
+        model = random_model(PROPAGATING).requires_grad_(True).train()
+        compute_loss(model, random_tokens(2, 97), reduced, TrainingConfig(floor_weight=0.25)).total.backward()
+        read = [model.router.code, *(block.mixer.propagation for block in model.trunk)]
+        assert all((one.weight.grad is not None and one.weight.grad.norm() > 0.0) == trained for one in read)
+
+
+@pytest.mark.parametrize("shape", [SMALL, PROPAGATING], ids=["skips", "propagates"])
 @pytest.mark.parametrize("reduced", [REDUCED, Reduced(0.0, False, 8, 0.1), None])
-def test_checkpointing_has_the_same_loss_and_gradients(reduced: Reduced | None) -> None:
+def test_checkpointing_has_the_same_loss_and_gradients(reduced: Reduced | None, shape: ModelConfig) -> None:
     results = []
     for checkpointing in (False, True):
-        model = random_model().requires_grad_(True).train()
+        model = random_model(shape).requires_grad_(True).train()
         model.gradient_checkpointing = checkpointing
         loss = compute_loss(model, random_tokens(2, 97), reduced, TrainingConfig())
         loss.total.backward()

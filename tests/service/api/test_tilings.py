@@ -10,7 +10,7 @@ import torch
 from model.adaptive.density import FEATURES
 from model.lm import AdaptiveAttentionSystem
 from model.tokenizer import DOCUMENT
-from tests.model.shapes import UNMEASURED, random_model
+from tests.model.shapes import PROPAGATING, UNMEASURED, random_model
 from tests.service.servers import Running, serving
 
 TEXT = "The parser reads é line by line, and every line must hold the same number of fields. " * 5
@@ -55,6 +55,20 @@ def test_a_density_that_measures_nothing_has_one_feature() -> None:
         running.wait_until_idle()
     assert [name for name, values in features.items() if values is None] == list(FEATURES[:-1])
     assert len(features["learned"]) == 1 + len(TEXT.encode())
+
+
+def test_tiles_cost_what_the_trunk_does_where_its_states_read_on() -> None:
+    model = random_model(PROPAGATING)
+    cost = model.cost
+    with serving(model) as running:
+        full, *between, floor = tilings(running, budgets=[1, 0.8, 0.5, 0.2])["tilings"]
+        running.wait_until_idle()
+    length = 1 + len(TEXT.encode())
+    assert [tile["compute_cost"] for tile in full["tiles"]] == [cost.unit.trunk] * length
+    assert floor["tiles"] == []
+    for tiling in between:
+        costs = sum(tile["compute_cost"] for tile in tiling["tiles"])
+        assert tiling["spent_flops"] - costs == length * (cost.unit.encoder + cost.unit.decoder + cost.unit.density)
 
 
 @pytest.mark.parametrize(("number", "budget"), list(enumerate(BUDGETS)))
