@@ -6,16 +6,19 @@ import pytest
 import torch
 
 from model.checkpoint import EMBEDDED_CHECKPOINT, load_checkpoint
+from model.config import ModelConfig
 from model.lm import AdaptiveAttentionSystem
 from model.state import ModelState
-from tests.model.shapes import random_model, random_tokens, step_through, without_compiled_code
+from tests.model.shapes import PROPAGATING, SMALL, random_model, random_tokens, step_through, without_compiled_code
 
 RATES = torch.tensor([1.0, 0.0, 0.5, 0.1, 0.9, 0.02, 0.3, 1.0, 0.05], dtype=torch.float64)
 
 
-@pytest.fixture(params=["random", "embedded"])
+@pytest.fixture(params=["skips", "propagates", "embedded"])
 def model(request: pytest.FixtureRequest) -> AdaptiveAttentionSystem:
-    return random_model() if request.param == "random" else load_checkpoint(EMBEDDED_CHECKPOINT)
+    if request.param == "embedded":
+        return load_checkpoint(EMBEDDED_CHECKPOINT)
+    return random_model(PROPAGATING if request.param == "propagates" else SMALL)
 
 
 def test_mates_of_other_budgets_change_nothing(model: AdaptiveAttentionSystem) -> None:
@@ -55,8 +58,9 @@ def test_rows_that_do_not_take_part_do_not_change_and_change_nothing(model: Adap
                 read[row] += 1
 
 
-def test_some_rows_step_alike_by_tensor_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokens, random = random_model(), random_tokens(len(RATES), 40), torch.Generator().manual_seed(1)
+@pytest.mark.parametrize("shape", [SMALL, PROPAGATING], ids=["skips", "propagates"])
+def test_some_rows_step_alike_by_tensor_operations(monkeypatch: pytest.MonkeyPatch, shape: ModelConfig) -> None:
+    model, tokens, random = random_model(shape), random_tokens(len(RATES), 40), torch.Generator().manual_seed(1)
     steps = [torch.randperm(len(RATES), generator=random)[: 1 + place % len(RATES)] for place in range(40)]
 
     def run() -> tuple[list[torch.Tensor], ModelState]:

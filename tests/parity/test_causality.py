@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from model.adaptive.tiling import Pace
+from model.config import ModelConfig
 from model.lm import AdaptiveAttentionSystem
-from tests.model.shapes import SMALL, random_model, random_tokens
+from tests.model.shapes import PROPAGATING, SMALL, random_model, random_tokens
 
 CUT = 100
 START = Pace(position=0, last_fire=0, fires=0, quota=0.0)
@@ -26,9 +27,12 @@ def online_logits(model: AdaptiveAttentionSystem, tokens: torch.Tensor, rate: fl
     return model(tokens, torch.from_numpy(fires.astype(bool)).unsqueeze(0))
 
 
+@pytest.mark.parametrize("shape", [SMALL, PROPAGATING], ids=["skips", "propagates"])
 @pytest.mark.parametrize("rate", [1.0, 0.5, 0.1, 0.0])
-def test_a_changed_suffix_changes_no_earlier_logit_under_online_firing(path: str, rate: float) -> None:
-    model = random_model()
+def test_a_changed_suffix_changes_no_earlier_logit_under_online_firing(
+    path: str, rate: float, shape: ModelConfig
+) -> None:
+    model = random_model(shape)
     before = [online_logits(model, tokens, rate)[:, :CUT] for tokens in two_texts()]
     torch.testing.assert_close(*before, atol=1e-6, rtol=0)
 

@@ -14,6 +14,7 @@ from model.ops.features import density_rows
 from model.ops.recurrent import decode_rows, encode_rows
 from model.ops.tiling import fire_rows
 from tests.model.shapes import (
+    PROPAGATING,
     SMALL,
     UNMEASURED,
     encode_one,
@@ -69,9 +70,10 @@ def test_the_compiled_rule_fires_where_the_plain_one_does() -> None:
     assert 300 < count < 900
 
 
-def test_every_batch_size_runs_the_same_compiled_code() -> None:
+@pytest.mark.parametrize("shape", [SMALL, PROPAGATING], ids=["skips", "propagates"])
+def test_every_batch_size_runs_the_same_compiled_code(shape: ModelConfig) -> None:
     """Another memory layout would compile anew, and stall the server for seconds."""
-    model, compiled = random_model(), []
+    model, compiled = random_model(shape), []
     for batch in (1, 2, 3, 4, 9):
         state = model.allocate_state(batch)
         for column in random_tokens(batch, 3).unbind(1):
@@ -92,9 +94,10 @@ def test_a_copy_of_a_model_runs_its_own_weights() -> None:
     assert torch.equal(step_through(model, tokens, rates)[0], before)
 
 
-def test_a_step_without_compiled_code_is_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", [SMALL, PROPAGATING], ids=["skips", "propagates"])
+def test_a_step_without_compiled_code_is_the_same_step(monkeypatch: pytest.MonkeyPatch, shape: ModelConfig) -> None:
     """What other devices run, run here."""
-    model, tokens = random_model(), random_tokens(4, 80)
+    model, tokens = random_model(shape), random_tokens(4, 80)
     rates = torch.tensor([0.5, 1.0, 0.1, 0.0], dtype=torch.float64)
     compiled = step_through(model, tokens, rates)
     without_compiled_code(monkeypatch)
