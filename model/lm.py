@@ -165,39 +165,26 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         Returns:
             [B, L, d_model] decoder outputs.
         """
-        router = state.router
-        length = hidden.shape[1]
-        offsets = torch.arange(1, length + 1, device=hidden.device)
-        position = router.positions.unsqueeze(1) + offsets  # [B, L], the first byte is 1
-        gapless = self.router.code is not None or bool((router.last_fire == router.positions).all())
-        if fires is None and gapless:
-            update = self._run_trunk(hidden, None, None, state)
-            spread, router.held, last = update, update[:, -1], position
-            router.fires = router.fires + length
+        router, propagates = state.router, self.router.code is not None
+        if fires is None and (propagates or bool((router.last_fire == router.positions).all())):
+            spread = self._run_trunk(hidden, None, None, state)
+            self.router.take(spread, router)
         else:
-            fires = torch.ones_like(position, dtype=torch.bool) if fires is None else fires
+            fires = torch.ones_like(hidden[..., 0], dtype=torch.bool) if fires is None else fires
             count = fires.sum(1)
             most = int(count.max())
-            index = torch.argsort((~fires).to(torch.int8), dim=1, stable=True)[:, :most]  # [B, K]
+            places = torch.argsort((~fires).to(torch.int8), dim=1, stable=True)[:, :most]  # [B, K]
             propagated = stretch = None
-            if self.router.code is None:
-                at = position.gather(1, index)
+            if not propagates:
+                at = router.positions.unsqueeze(1) + places + 1  # the first byte is 1
                 stretch = torch.diff(at, dim=1, prepend=router.last_fire.unsqueeze(1)).clamp_min(1).to(hidden.dtype)
             elif propagate:
-                propagated = Propagated(self.router.propagated(hidden), fires, index)
-            updates = router.held.unsqueeze(1)
+                propagated = Propagated(self.router.propagated(hidden), fires, places)
+            updates = hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
             if most or propagated is not None:
-                selected = hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
                 lengths = None if bool((count == most).all()) else count
-                update = self._run_trunk(selected, stretch, lengths, state, propagated)
-                updates = torch.cat([updates, update], dim=1)  # [B, 1 + K, d_model]
-            slot = fires.cumsum(1).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
-            last = torch.where(fires, position, 0).cummax(1).values.maximum(router.last_fire.unsqueeze(1))
-            router.held = updates[torch.arange(len(count), device=count.device), count]
-            spread = self.router.fade(updates.gather(1, slot), position - last)
-            router.fires = router.fires + count
-        # Copies: the two are advanced in place, and are the same tensor where every position fires.
-        router.last_fire, router.positions = last[:, -1].clone(), position[:, -1].clone()
+                updates = self._run_trunk(updates, stretch, lengths, state, propagated)
+            spread = self.router.hold(updates, fires, router)
         output, state.decoder, _ = self._run(self.decoder, hidden + spread, state.decoder)
         return output
 

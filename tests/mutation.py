@@ -23,6 +23,7 @@ LOOPS = "model/ops/recurrent.py"
 RULE = "model/ops/tiling.py"
 DENSITY = "model/adaptive/density.py"
 SYSTEM = "model/lm.py"
+ROUTER = "model/adaptive/router.py"
 
 READING = "tests/parity/test_any_reading.py"
 STEPS = "tests/parity/test_step_equals_forward.py"
@@ -111,14 +112,12 @@ MUTATIONS = (
         "prepend=router.last_fire.unsqueeze(1)", "prepend=router.positions.unsqueeze(1)", (READING,),
     ),
     Mutation(
-        "update held before the first fire", SYSTEM,
-        "slot = fires.cumsum(1).unsqueeze(-1)",
-        "slot = fires.cumsum(1).clamp(1, updates.shape[1] - 1).unsqueeze(-1)", (READING, CAUSAL),
+        "update held before the first fire", ROUTER,
+        "dim=1), fires.cumsum(1)\n", "dim=1), fires.cumsum(1).clamp(1, updates.shape[1])\n", (READING, CAUSAL),
     ),
     Mutation(
-        "pass: age off by one where the update fades", SYSTEM,
-        "self.router.fade(updates.gather(1, slot), position - last)",
-        "self.router.fade(updates.gather(1, slot), position - last + 1)", (STEPS,),
+        "pass: age off by one where the update fades", ROUTER,
+        "known.shape[-1])), position - last)", "known.shape[-1])), position - last + 1)", (STEPS,),
     ),
     Mutation(
         "compiled step: age off by one where the update fades", LOOPS,

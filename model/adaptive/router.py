@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.state import RouterState
 
 
 class CrossScaleRouter(nn.Module):
@@ -60,6 +61,28 @@ class CrossScaleRouter(nn.Module):
         """
         rho = torch.exp(-F.softplus(self.raw_fading) * torch.log1p(age.to(held.dtype)).unsqueeze(-1))
         return torch.mul(held, rho)
+
+    def take(self, updates: Tensor, state: RouterState) -> None:
+        """Account in ``state`` for L positions that all fired, of which ``updates`` [B, L, d_model] are."""
+        state.held = updates[:, -1]
+        state.fires = state.fires + updates.shape[1]
+        state.positions = state.positions + updates.shape[1]
+        state.last_fire = state.positions.clone()  # a copy: the two are advanced in place
+
+    def hold(self, updates: Tensor, fires: Tensor, state: RouterState) -> Tensor:
+        """Updates at L positions [B, L, d_model], fading from fire to fire; ``state`` is advanced over them.
+
+        Args:
+            updates: [B, K, d_model] of a row's fires in order, then padding. fires: [B, L] bool, at most K in a row.
+        """
+        position = state.positions.unsqueeze(1) + torch.arange(1, fires.shape[1] + 1, device=fires.device)
+        last = torch.where(fires, position, 0).cummax(1).values.maximum(state.last_fire.unsqueeze(1))
+        known, slot = torch.cat([state.held.unsqueeze(1), updates], dim=1), fires.cumsum(1)
+        spread = self.fade(known.gather(1, slot.unsqueeze(-1).expand(-1, -1, known.shape[-1])), position - last)
+        state.held = known[torch.arange(len(known), device=known.device), slot[:, -1]]
+        state.fires = state.fires + slot[:, -1]
+        state.last_fire, state.positions = last[:, -1].clone(), position[:, -1].clone()
+        return spread
 
     def route_states(self, ssm_state: Tensor, d_state: Tensor) -> Tensor:
         """Live states at other sizes: down with what is cut off folded in, up with zeros.
