@@ -83,11 +83,11 @@ MUTATIONS = (
     ),
     Mutation(
         "tile pooled over its past instead of selected", SYSTEM,
-        "selected = hidden.gather(", "selected = (hidden.cumsum(1) / offsets[:, None]).gather(", (STEPS,),
+        "updates = hidden.gather(", "updates = (hidden.cumsum(1) / hidden[..., :1].abs().gt(-1).cumsum(1)).gather(", (STEPS,),
     ),
     Mutation(
         "tile pooled over the bytes to come", SYSTEM,
-        "selected = hidden.gather(", "selected = hidden.flip(1).cumsum(1).flip(1).gather(", (CAUSAL,),
+        "updates = hidden.gather(", "updates = hidden.flip(1).cumsum(1).flip(1).gather(", (CAUSAL,),
     ),
     Mutation(
         "a decision sees the next byte", RULE,
