@@ -83,7 +83,8 @@ MUTATIONS = (
     ),
     Mutation(
         "tile pooled over its past instead of selected", SYSTEM,
-        "updates = hidden.gather(", "updates = (hidden.cumsum(1) / hidden[..., :1].abs().gt(-1).cumsum(1)).gather(", (STEPS,),
+        "updates = hidden.gather(",
+        "updates = (hidden.cumsum(1) / hidden[..., :1].abs().gt(-1).cumsum(1)).gather(", (STEPS,),
     ),
     Mutation(
         "tile pooled over the bytes to come", SYSTEM,
