@@ -8,12 +8,16 @@ over a batch by construction; the compute term is on what each text of it is awa
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.layers.mamba2 import AdaptiveMambaBlock
 from model.lm import AdaptiveAttentionSystem, Encoded
 from model.ops.tiling import Floats
 from model.training.config import TrainingConfig
@@ -42,7 +46,8 @@ def compute_loss(
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     state = model.allocate_state(len(tokens))
     encoded = model.encode(inputs, state.encoder)
-    full_logits = model.head(model.combine(encoded.hidden, None, state))
+    with recorded_inputs(model) as recorded:
+        full_logits = model.head(model.combine(encoded.hidden, None, state))
     full = cross_entropy(full_logits, targets)
     loss = Loss(full.mean(), {"full": full.mean().item() / math.log(2.0)})
     if reduced is None:
@@ -70,6 +75,8 @@ def compute_loss(
         cost.detach() - full.detach(),
         fires,
     )
+    if recorded:
+        information = information + propagation_error(model, encoded.hidden, recorded)
     loss.total = task + config.lambda_info * information
     if config.lambda_compute > 0.0 and model.cost.analysed(reduced.rate) and not reduced.uniform:
         loss.total = loss.total + config.lambda_compute * compute_error(model, density, reduced.rate)
@@ -146,6 +153,49 @@ def density_regression(
     age = position - torch.where(fires, position, 0).cummax(1).values
     stale = density.detach() * model.tiles.staleness(age)
     return (density - clamped_bits(worth)).square().mean() + (stale - clamped_bits(stale_cost)).square().mean()
+
+
+@contextmanager
+def recorded_inputs(model: AdaptiveAttentionSystem) -> Iterator[list[Tensor]]:
+    """What the convolutions and recurrences of the trunk are given while it runs: [B, L, x B C | dt], block by block.
+
+    Nothing is recorded of a model that does not propagate.
+    """
+    recorded: list[Tensor] = []
+    handles = []
+    if model.router.code is not None:
+        for block in _trunk(model):
+            first = block.mixer.d_inner
+
+            def record(_module: object, _inputs: object, projected: Tensor, first: int = first) -> None:
+                recorded.append(projected.detach()[..., first:])
+
+            handles.append(block.mixer.in_proj.register_forward_hook(record))
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def propagation_error(model: AdaptiveAttentionSystem, hidden: Tensor, recorded: list[Tensor]) -> Tensor:
+    """How far what states read between fires is from what a fire would have given them, as a share of its variance.
+
+    The loss of a reduced pass alone teaches this slowly: it is felt only through the bytes that fire later.
+
+    Args:
+        hidden: [B, L, d_model] encoder outputs, taken as given. recorded: what full resolution gave, by block.
+    """
+    codes, errors = model.router.propagated(hidden.detach()), []
+    for block, given in zip(_trunk(model), recorded, strict=True):
+        assert block.mixer.propagation is not None
+        error = (block.mixer.propagation(codes).float() - given.float()).square().mean((0, 1))
+        errors.append((error / given.float().var((0, 1)).clamp_min(1e-6)).mean())
+    return torch.stack(errors).mean()
+
+
+def _trunk(model: AdaptiveAttentionSystem) -> list[AdaptiveMambaBlock]:
+    return cast("list[AdaptiveMambaBlock]", list(model.trunk))
 
 
 def mean_ahead(values: Tensor, count: int) -> Tensor:
