@@ -13,7 +13,14 @@ from model.config import ModelConfig
 from model.training.config import TrainingConfig
 from model.training.expected import expected_rates
 from model.training.firing import Reduced
-from model.training.loss import compute_error, compute_loss, density_regression, mean_ahead
+from model.training.loss import (
+    compute_error,
+    compute_loss,
+    density_regression,
+    mean_ahead,
+    propagation_error,
+    recorded_inputs,
+)
 from model.training.optimizer import AdaptiveOptimizer
 from tests.model.shapes import PROPAGATING, SMALL, random_model, random_tokens
 
@@ -119,9 +126,40 @@ def test_the_compute_term_moves_the_weights_of_the_density_so_that_texts_agree()
 def test_reduced_passes_alone_train_what_states_read_between_fires() -> None:
     for reduced, trained in ((REDUCED, True), (Reduced(0.0, False, None, 0.1), False)):
         model = random_model(PROPAGATING).requires_grad_(True).train()
-        compute_loss(model, random_tokens(2, 97), reduced, TrainingConfig(floor_weight=0.25)).total.backward()
+        config = TrainingConfig(floor_weight=0.25, lambda_info=0.0)
+        compute_loss(model, random_tokens(2, 97), reduced, config).total.backward()
         read = [model.router.code, *(block.mixer.propagation for block in model.trunk)]
         assert all((one.weight.grad is not None and one.weight.grad.norm() > 0.0) == trained for one in read)
+
+
+def test_what_states_read_between_fires_learns_from_what_a_fire_gives_them() -> None:
+    """Written out: a byte's fire gives each block's convolution and recurrence all but z of its projection."""
+    model, tokens = random_model(PROPAGATING).requires_grad_(True).train(), random_tokens(2, 60)
+    hidden = model.encode(tokens, model.allocate_state(2).encoder).hidden
+    with recorded_inputs(model) as recorded:
+        model.combine(hidden, None, model.allocate_state(2))
+    error = propagation_error(model, hidden, recorded)
+    entered, errors = model.router.to_trunk(hidden), []
+    for block in model.trunk:
+        mixer = block.mixer
+        given = mixer.in_proj(block.norm(entered))[..., mixer.d_inner :].double()
+        read = mixer.propagation(model.router.propagated(hidden)).double()
+        errors.append((((read - given) ** 2).mean((0, 1)) / given.var((0, 1))).mean())
+        entered = block(entered, mixer.zero_state(2, hidden.device))[0]
+    assert error.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
+    error.backward()
+    moved = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert moved == {"router.code.weight", *(f"trunk.{i}.mixer.propagation.weight" for i in range(2))}
+
+
+def test_only_a_model_that_propagates_is_recorded_and_only_meanwhile() -> None:
+    for shape, count in ((SMALL, 0), (PROPAGATING, 2)):
+        model, tokens = random_model(shape).requires_grad_(True), random_tokens(1, 20)
+        with recorded_inputs(model) as recorded:
+            model(tokens)
+            assert len(recorded) == count
+        model(tokens)
+        assert len(recorded) == count
 
 
 @pytest.mark.parametrize("shape", [SMALL, PROPAGATING], ids=["skips", "propagates"])
