@@ -35,7 +35,7 @@ WARM_UP = 20
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budgets", default="1,0.3")
+    parser.add_argument("--budgets", default="1,0.4")
     parser.add_argument("--batches", default="1,8", help="sequences decoding together")
     parser.add_argument("--lengths", default="8,32,128,512", help="bytes of a prompt, at most a block")
     parser.add_argument("--steps", type=int, default=100, help="timed in each round")

@@ -39,7 +39,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", default="0.9,0.5,0.25,0.1,0.02", help="fire rates whose calibrated price is used")
-    parser.add_argument("--budgets", default="0.9,0.75,0.5,0.3")
+    parser.add_argument("--budgets", default="0.9,0.75,0.5,0.4")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--checkpoint", type=Path, default=EMBEDDED_CHECKPOINT)
     parser.add_argument("--threads", type=int, help="of the model; the programme has one")

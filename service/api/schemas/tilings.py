@@ -19,12 +19,12 @@ class TilingsRequest(Request):
     """Body of `POST /v1/tilings`."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"text": "The parser reads a file line by line.", "budgets": [1.0, 0.5, 0.3]}]}
+        json_schema_extra={"examples": [{"text": "The parser reads a file line by line.", "budgets": [1.0, 0.5, 0.4]}]}
     )
 
     text: Text
     """At most 16,384 tokens: bytes of UTF-8, unless the model is a converted one."""
-    budgets: list[Share] = Field(default=[1.0, 0.5, 0.3], min_length=1, max_length=MOST_BUDGETS)
+    budgets: list[Share] = Field(default=[1.0, 0.5, 0.4], min_length=1, max_length=MOST_BUDGETS)
     """Up to 8 shares of full compute."""
     rule: Literal["plan", "online"] = "plan"
     """`plan`: as a prompt of this text is read. `online`: as generating and scoring fire, strictly causally."""

@@ -20,7 +20,7 @@ from model.ops.tiling import FARTHEST, pacing_error
 
 LENGTH = 4096
 TEXTS = ("real", "constant", "random", "changing")
-BUDGETS = (0.3, 0.5, 0.75, 0.95)
+BUDGETS = (0.4, 0.5, 0.75, 0.95)
 
 
 @pytest.fixture(scope="module")
