@@ -157,15 +157,11 @@ class _Between:
 
 def _cuts(batch: int, length: int) -> list[tuple[int, int]]:
     """Pieces of one matrix product each."""
-    return (
-        [
-            (row + start, row + min(start + PIECE, length))
-            for row in range(0, batch * length, length)
-            for start in range(0, length, PIECE)
-        ]
-        if length
-        else []
-    )
+    return [
+        (row + start, row + min(start + PIECE, length))
+        for row in range(0, batch * length, max(length, 1))
+        for start in range(0, length, PIECE)
+    ]
 
 
 def _scratch(name: str, rows: int, width: int) -> Tensor:
