@@ -54,7 +54,7 @@ def test_sixteen_mixed_clients_get_what_each_gets_alone_and_the_bill_adds_up(ser
     assert after[1] - before[1] == sum(bill["full_flops"] for bill in bills)
 
 
-@pytest.mark.parametrize("budget", [1.0, 0.7, 0.5, 0.3])
+@pytest.mark.parametrize("budget", [1.0, 0.7, 0.5, 0.4])
 def test_the_budget_is_kept_within_five_percent_on_a_long_prompt(server: Running, budget: float) -> None:
     prompt = (TEXT * 20)[:4000]
     compute = server.complete(prompt=prompt, max_tokens=64, compute_budget=budget, ignore_eos=True)["usage"]["compute"]
