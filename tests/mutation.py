@@ -180,11 +180,11 @@ MUTATIONS = (
     ),
     Mutation(
         "compiled: a byte between fires is written into every column", LOOPS,
-        "        written = min(columns[i], levels[0])", "        written = columns[i]", (STEPS, READING),
+        "mixed[inner + min(columns[i], levels[0]) :", "mixed[inner + columns[i] :", (STEPS, READING),
     ),
     Mutation(
         "compiled: columns that a byte between fires is not written into do not decay", LOOPS,
-        "            row[n] *= decay\n", "            pass\n", (STEPS, READING),
+        "row[n] = row[n] * decay + added", "row[n] = row[n] * (decay if n < 4 else _ONE) + added", (STEPS, READING),
     ),
     Mutation(
         "compiled: the floor's states read on", LOOPS,

@@ -170,16 +170,17 @@ def _advance_head(
 
 @njit(cache=True, nogil=True, fastmath=_VECTORS)
 def _write_head(
-    state: Singles, columns: int, written: int, x: Singles, key: Singles, step: np.float32, decay: np.float32
+    state: Singles, columns: int, x: Singles, key: Singles, step: np.float32, decay: np.float32
 ) -> None:  # pragma: no cover - compiled
-    """One position of one head that is not asked for its output: ``written`` columns are, all that run decay."""
+    """One position of one head that is not asked for its output.
+
+    One loop over all columns, with zeros in ``key`` where nothing is written: two shorter ones take ten times as long.
+    """
     for p in range(x.shape[0]):
         added = step * x[p]
         row = state[p]
-        for n in range(written):
+        for n in range(columns):
             row[n] = row[n] * decay + added * key[n]
-        for n in range(written, columns):
-            row[n] *= decay
 
 
 @njit(cache=True, nogil=True, fastmath=_VECTORS)
@@ -326,6 +327,8 @@ def mixer_rows(
             _convolve(raw, window, start, end, inner, by_tap, conv_bias, low, high, inputs)
             for t in range(start, end):
                 _scale_keys(keys[t - start], 0, d_state, columns[b], levels, level_scale)
+                if places[b, t] < 0:
+                    keys[t - start, min(columns[b], levels[0]) : d_state] = 0.0
                 if traced:
                     mixed[b, t, low:high] = inputs[t - start]
                     if first == 0:
@@ -341,7 +344,7 @@ def mixer_rows(
                     x, key, place = inputs[t - start, own], keys[t - start], places[b, t]
                     query, decay = key[d_state:], np.float32(math.exp(-size * rate))
                     if place < 0:
-                        _write_head(now, columns[b], min(columns[b], levels[0]), x, key, size, decay)
+                        _write_head(now, columns[b], x, key, size, decay)
                         continue
                     out = gated[b, place, part]
                     if traced:
@@ -503,12 +506,12 @@ def propagate_rows(
         window, new = conv_state[rows[i]], read[i, :channels]
         _slide(mixed, window, new, by_tap, conv_bias)
         _scale_keys(mixed, inner, d_state, columns[i], levels, level_scale)
-        written = min(columns[i], levels[0])
+        mixed[inner + min(columns[i], levels[0]) : inner + d_state] = 0.0
         for h in range(heads):
             size = _step_size(read[i, channels + h] + dt_bias[h], np.float32(0.0), np.float32(0.0), least_dt, most_dt)
             decay = np.float32(math.exp(np.float32(-size * math.exp(A_log[h]))))
             x = mixed[h * headdim : (h + 1) * headdim]
-            _write_head(ssm_state[rows[i], h], columns[i], written, x, mixed[inner:], size, decay)
+            _write_head(ssm_state[rows[i], h], columns[i], x, mixed[inner:], size, decay)
 
 
 @njit(cache=True, nogil=True)
