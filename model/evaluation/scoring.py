@@ -77,7 +77,8 @@ def score(
     piece = piece_length(model)
     encoder = model.allocate_state(1).encoder
     states = [model.allocate_state(1) for _ in placements]
-    everywhere, somewhere = ([bool(found) for found in (map(of, placements))] for of in (np.all, np.any))
+    everywhere = [bool(fires.all()) for fires in placements]
+    somewhere = [bool(fires.any()) for fires in placements]
     nats = np.zeros(len(placements))
     for start in range(0, len(passage), piece):
         end = min(start + piece, len(passage))

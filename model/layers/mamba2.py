@@ -199,10 +199,10 @@ class VariableStateSpaceModel(nn.Module):
             stretch: [B, L] bytes per step, at least 1 (trunk only).
             lengths: [B] positions that count; what stands beyond is padding and leaves the state alone. None: all.
             columns: [B] of the state that run; None for all of them.
-            propagated: the bytes of which ``hidden`` is at some (trunk only); their fires replace ``lengths``.
+            propagated: the L bytes of which ``hidden`` [B, K, D] is at K (trunk only); their fires replace ``lengths``.
 
         Returns:
-            output [B, L, D], the state after, and the trace.
+            output of the shape of ``hidden``, the state after, and the trace.
         """
         z, raw = self.in_proj(hidden).split([self.d_inner, self.conv_dim + self.heads], dim=-1)
         if propagated is not None:

@@ -56,7 +56,8 @@ class TrainingConfig(StrictModel):
     exit_weight: float = Field(default=0.1, ge=0)
     """Weight of the early exit's loss."""
     lambda_info: float = Field(default=0.1, ge=0)
-    """Weight of what keeps information: divergence from full resolution, and the density's regression."""
+    """Weight of what keeps information: divergence from full resolution, the density's regression, and the error of
+    what the trunk's states read between fires."""
     foresight: int = Field(default=64, ge=1, le=1 << 12)
     """Bytes ahead, this one included, over which the density learns what the trunk is worth: where it fires in
     stretches, a stretch decides, not a byte."""
