@@ -174,8 +174,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a byte between fires leaves the convolution's inputs as they were", MIXER,
-        "_, after = ssd_step(x, self._dt(dt_raw, None)",
-        "window = torch.cat([window[:, :1], window[:, :-1]], dim=1); _, after = ssd_step(x, self._dt(dt_raw, None)",
+        "        _, after = ssd_step(x, self._dt(dt_raw, None)",
+        "        state.conv_state.copy_(state.conv_state.roll(1, 1)); _, after = ssd_step(x, self._dt(dt_raw, None)",
         (STEPS, READING),
     ),
     Mutation(

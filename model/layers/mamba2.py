@@ -257,20 +257,14 @@ class VariableStateSpaceModel(nn.Module):
             output [n, D], and the trace.
         """
         z, new, dt_raw = self.in_proj(hidden).split([self.d_inner, self.conv_dim, self.heads], dim=-1)
-        window = torch.cat([state.conv_state[rows], new.unsqueeze(1)], dim=1)
-        xBC = F.silu((window * self.conv_weight.t()).sum(1) + self.conv_bias)
-        x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
-        width = state.ssm_state.shape[-1]
-        B, C = self._mask(B, C, columns, width)
-        x = x.unflatten(-1, (self.heads, self.headdim))
+        x, B, C = self._convolve_step(new, state, rows, columns)
         dt = self._dt(dt_raw, stretch)
         A = -torch.exp(self.A_log.float())
         before = state.ssm_state[rows]
         y, after = ssd_step(x, dt, A, B, C, before)
         y = torch.addcmul(y, x, self.D[:, None]).flatten(1)
-        state.conv_state.index_copy_(0, rows, window[:, 1:])
         state.ssm_state.index_copy_(0, rows, after)
-        missing = (0, self.d_state - width)
+        missing = (0, self.d_state - B.shape[-1])
         change = (after - before).double().square().flatten(1).sum(1)
         trace = StepTrace(F.pad(B, missing), F.pad(C, missing), dt, dt * A, change)
         return self.out_proj(self.norm(y, z)), trace
@@ -283,15 +277,20 @@ class VariableStateSpaceModel(nn.Module):
         """
         assert self.propagation is not None
         new, dt_raw = self.propagation(codes).split([self.conv_dim, self.heads], dim=-1)
+        x, B, C = self._convolve_step(new, state, rows, columns)
+        B = B * (torch.arange(B.shape[-1], device=B.device) < self.levels[0])
+        _, after = ssd_step(x, self._dt(dt_raw, None), -torch.exp(self.A_log.float()), B, C, state.ssm_state[rows])
+        state.ssm_state.index_copy_(0, rows, after)
+
+    def _convolve_step(
+        self, new: Tensor, state: BlockState, rows: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [n, H, P], and B and C [n, N] for the columns that run, of inputs [n, C]; conv_state takes them in."""
         window = torch.cat([state.conv_state[rows], new.unsqueeze(1)], dim=1)
+        state.conv_state.index_copy_(0, rows, window[:, 1:])
         xBC = F.silu((window * self.conv_weight.t()).sum(1) + self.conv_bias)
         x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
-        B, C = self._mask(B, C, columns, state.ssm_state.shape[-1])
-        B = B * (torch.arange(B.shape[-1], device=B.device) < self.levels[0])
-        x = x.unflatten(-1, (self.heads, self.headdim))
-        _, after = ssd_step(x, self._dt(dt_raw, None), -torch.exp(self.A_log.float()), B, C, state.ssm_state[rows])
-        state.conv_state.index_copy_(0, rows, window[:, 1:])
-        state.ssm_state.index_copy_(0, rows, after)
+        return x.unflatten(-1, (self.heads, self.headdim)), *self._mask(B, C, columns, state.ssm_state.shape[-1])
 
 
 class AdaptiveMambaBlock(Viewed[BlockViews]):
