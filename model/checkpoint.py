@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from model.config import ModelConfig, StrictModel
 from model.lm import AdaptiveAttentionSystem
@@ -120,7 +120,7 @@ def save_checkpoint(
     config = CheckpointConfig(model=model.config, special_tokens=special_tokens, provenance=dict(provenance or {}))
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     partial = folder / f"{WEIGHTS_FILE}.partial"
-    save_file(weights, partial)
+    partial.write_bytes(save(weights))  # save_file makes a file that only its owner may read, whatever the umask
     partial.replace(folder / WEIGHTS_FILE)
     text = folder / f"{CONFIG_FILE}.partial"
     text.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -32,6 +32,11 @@ def test_a_checkpoint_comes_back_bit_for_bit(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(folder: Path) -> None:
+    modes = {file.name: file.stat().st_mode & 0o777 for file in folder.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_a_loaded_model_is_ready_to_serve(folder: Path) -> None:
     model = load_checkpoint(folder)
     assert not model.training
