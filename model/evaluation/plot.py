@@ -22,7 +22,7 @@ def plot(results: Json, path: Path) -> None:
     Bars are 95 % intervals of the difference to full resolution on the same documents.
     """
     domains = results["domains"]
-    figure = Figure(figsize=(6.0 * len(domains), 4.5), layout="constrained")
+    figure = Figure(figsize=(6.0 * len(domains), 4.9), layout="constrained")
     panels = figure.subplots(1, len(domains), squeeze=False)[0]
     for axes, (name, domain) in zip(panels, domains.items(), strict=True):
         others = [arm for arm in domain["arms"] if arm not in (*_STRONG, *ONLY, *WITHOUT)]
@@ -33,7 +33,8 @@ def plot(results: Json, path: Path) -> None:
             _curve(axes, domain["plain"], "plain Mamba-2, separately trained", color="black", marker="s")
         axes.set(title=f"{name}, {domain['bytes']:,} bytes", xlabel="FLOPs, share of full", ylabel="bits per byte")
         axes.grid(alpha=0.3)
-    panels[0].legend(fontsize="small")
+    entries = panels[0].get_legend_handles_labels()
+    figure.legend(*entries, loc="outside lower center", ncols=2 * len(panels) + 1, fontsize="small")
     bound = " (an upper bound: plans see their block)" if results["protocol"] == "P2" else ""
     figure.suptitle(f"{results['model']}, protocol {results['protocol']}{bound}")
     figure.savefig(path)
