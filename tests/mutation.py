@@ -169,6 +169,10 @@ MUTATIONS = (
         " - gated[c] * shrink", "", ("tests/model/ops/test_fused.py",),
     ),
     Mutation(
+        "fused scan: a decay's gradient neglects what stands after the inputs", "model/ops/fused_scan.py",
+        " - dt[n, q, h] * by_dt[n, q, h]", "", ("tests/model/ops/test_fused_scan.py",),
+    ),
+    Mutation(
         "compiled pass: an output is added to the wrong rows", "model/layers/compiled.py",
         "rows = flat[start:end]", "rows = flat[: end - start]", ("tests/model/ops/test_compiled_rows.py",),
     ),

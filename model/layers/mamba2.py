@@ -17,6 +17,7 @@ from model.layers.compiled import BlockViews, read_stack
 from model.layers.norm import RMSNorm
 from model.layers.propagation import Propagated
 from model.ops.fused import convolve_silu, fused, gate_norm
+from model.ops.fused_scan import fused_scan
 from model.ops.recurrent import compiled
 from model.ops.ssd import ScanTrace, StepTrace, ssd_scan, ssd_step
 from model.ops.views import Viewed
@@ -234,7 +235,9 @@ class VariableStateSpaceModel(nn.Module):
             conv_state = window.gather(1, last.unsqueeze(-1).expand(-1, -1, self.conv_dim))
         A = -torch.exp(self.A_log.float())
         with torch.autocast(hidden.device.type, enabled=False):  # the state and its sums keep their precision
-            scan = ssd_scan(x, dt, A, B, C, initial_state=state.ssm_state, chunk_size=self.chunk_size)
+            scan = (fused_scan if quick else ssd_scan)(
+                x, dt, A, B, C, initial_state=state.ssm_state, chunk_size=self.chunk_size
+            )
         trace = ScanTrace(*(value.detach() for value in (x, dt, A, B, C, scan.chunk_states)))
         y, x = (scan.y, x) if propagated is None else (propagated.select(scan.y), propagated.select(x))
         if quick:

@@ -16,7 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from model.ops.recurrent import _ONE, _VECTORS, Singles, _exp
+from model.ops.recurrent import _ONE, _VECTORS, Singles, _add_tap, _add_taps, _exp, _silu
 
 
 def fused(x: Tensor) -> bool:
@@ -24,47 +24,49 @@ def fused(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
-@njit(nogil=True, fastmath=_VECTORS)
+@njit(nogil=True, fastmath=_VECTORS, error_model="numpy")
+def _through_silu(inner: Singles, gradient: Singles) -> None:  # pragma: no cover - compiled
+    """Replaces what SiLU was given by the gradient by it."""
+    for c in range(inner.shape[0]):
+        gate = _ONE / (_ONE + _exp(-inner[c]))
+        inner[c] = gradient[c] * gate * (_ONE + inner[c] * (_ONE - gate))
+
+
+@njit(nogil=True)
+def _mix(window: Singles, weight: Singles, bias: Singles, out: Singles) -> None:  # pragma: no cover - compiled
+    """One position of the convolution: window [K, C], weight [K, C], bias [C] into out [C]."""
+    out[:] = bias
+    taps = weight.shape[0]
+    for k in range(0, taps - 1, 2):
+        _add_taps(out, window[k], weight[k], window[k + 1], weight[k + 1])
+    if taps % 2:
+        _add_tap(out, window[taps - 1], weight[taps - 1])
+
+
+@njit(nogil=True)
 def _convolve(window: Singles, weight: Singles, bias: Singles, out: Singles) -> None:  # pragma: no cover - compiled
     """``silu(causal convolution)``: window [B, L + K - 1, C], weight [K, C], bias [C] into out [B, L, C]."""
-    taps = weight.shape[0]
     for b in range(out.shape[0]):
         for t in range(out.shape[1]):
-            row = out[b, t]
-            row[:] = bias
-            for k in range(taps):
-                inputs, scale = window[b, t + k], weight[k]
-                for c in range(row.shape[0]):
-                    row[c] += inputs[c] * scale[c]
-            for c in range(row.shape[0]):
-                row[c] = row[c] / (_ONE + _exp(-row[c]))
+            _mix(window[b, t : t + weight.shape[0]], weight, bias, out[b, t])
+            _silu(out[b, t])
 
 
-@njit(nogil=True, fastmath=_VECTORS)
+@njit(nogil=True)
 def _convolve_gradient(
     window: Singles, weight: Singles, bias: Singles, gradient: Singles, by_window: Singles, by_weight: Singles,
     by_bias: Singles,
 ) -> None:  # fmt: skip  # pragma: no cover - compiled
     """Adds the gradients of :func:`_convolve` for one of its output to those by its inputs."""
-    taps, width = weight.shape
-    inner = np.empty(width, np.float32)
+    inner = np.empty(weight.shape[1], np.float32)
     for b in range(gradient.shape[0]):
         for t in range(gradient.shape[1]):
-            inner[:] = bias
-            for k in range(taps):
-                inputs, scale = window[b, t + k], weight[k]
-                for c in range(width):
-                    inner[c] += inputs[c] * scale[c]
-            outer = gradient[b, t]
-            for c in range(width):
-                gate = _ONE / (_ONE + _exp(-inner[c]))
-                inner[c] = outer[c] * gate * (_ONE + inner[c] * (_ONE - gate))
-                by_bias[c] += inner[c]
-            for k in range(taps):
-                inputs, scale, into, changed = window[b, t + k], weight[k], by_window[b, t + k], by_weight[k]
-                for c in range(width):
-                    changed[c] += inner[c] * inputs[c]
-                    into[c] += inner[c] * scale[c]
+            _mix(window[b, t : t + weight.shape[0]], weight, bias, inner)
+            _through_silu(inner, gradient[b, t])
+            by_bias += inner
+            for k in range(weight.shape[0]):
+                _add_tap(by_weight[k], inner, window[b, t + k])
+                _add_tap(by_window[b, t + k], inner, weight[k])
 
 
 class _ConvolveSilu(torch.autograd.Function):
@@ -72,7 +74,7 @@ class _ConvolveSilu(torch.autograd.Function):
     def forward(ctx: Any, window: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         window, by_tap = window.contiguous(), weight.t().contiguous()
         out = window.new_empty(len(window), window.shape[1] - len(by_tap) + 1, window.shape[2])
-        _convolve(*_arrays(window, by_tap, bias, out))
+        _convolve(*arrays(window, by_tap, bias, out))
         ctx.save_for_backward(window, by_tap, bias)
         return out
 
@@ -80,7 +82,7 @@ class _ConvolveSilu(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, Tensor]:
         inputs = ctx.saved_tensors
         results = [torch.zeros_like(value) for value in inputs]
-        _convolve_gradient(*_arrays(*inputs, gradients[0].contiguous(), *results))
+        _convolve_gradient(*arrays(*inputs, gradients[0].contiguous(), *results))
         return results[0], results[1].t(), results[2]
 
 
@@ -97,7 +99,7 @@ def convolve_silu(window: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return result
 
 
-@njit(nogil=True, fastmath=_VECTORS)
+@njit(nogil=True, fastmath=_VECTORS, error_model="numpy")
 def _gate(
     y: Singles, x: Singles, z: Singles, skip: Singles, weight: Singles, eps: float, out: Singles
 ) -> None:  # pragma: no cover - compiled
@@ -114,7 +116,7 @@ def _gate(
             row[c] *= scale * weight[c]
 
 
-@njit(nogil=True, fastmath=_VECTORS)
+@njit(nogil=True, fastmath=_VECTORS, error_model="numpy")
 def _gate_gradient(
     y: Singles, x: Singles, z: Singles, skip: Singles, weight: Singles, eps: float, gradient: Singles,
     by_y: Singles, by_x: Singles, by_z: Singles, by_skip: Singles, by_weight: Singles,
@@ -149,7 +151,7 @@ class _GateNorm(torch.autograd.Function):
         *values, eps = inputs
         saved = [value.contiguous() for value in values]
         out = torch.empty_like(saved[0])
-        arguments = [*_arrays(*saved), eps, out.numpy()]
+        arguments = [*arrays(*saved), eps, out.numpy()]
         _gate(*arguments)
         ctx.save_for_backward(*saved)
         ctx.eps = eps
@@ -160,8 +162,8 @@ class _GateNorm(torch.autograd.Function):
         saved = ctx.saved_tensors
         by_rows = [torch.empty_like(value) for value in saved[:3]]
         by_channels = [torch.zeros_like(value) for value in saved[3:]]
-        written = _arrays(gradients[0].contiguous(), *by_rows, *by_channels)
-        arguments = [*_arrays(*saved), ctx.eps, *written]
+        written = arrays(gradients[0].contiguous(), *by_rows, *by_channels)
+        arguments = [*arrays(*saved), ctx.eps, *written]
         _gate_gradient(*arguments)
         return (*by_rows, *by_channels, None)
 
@@ -177,5 +179,6 @@ def gate_norm(y: Tensor, x: Tensor, z: Tensor, skip: Tensor, weight: Tensor, eps
     return result.view_as(y)
 
 
-def _arrays(*tensors: Tensor) -> list[Any]:
+def arrays(*tensors: Tensor) -> list[Any]:
+    """The same memory, as the compiled loops take it."""
     return [value.detach().numpy() for value in tensors]

@@ -66,7 +66,8 @@ class TrainingConfig(StrictModel):
     checkpointing: bool = False
     """Compute the inside of each block again in the backward pass instead of keeping it: for long sequences."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of matrix products on a GPU; states, sums and losses stay in fp32. fp16 scales the loss."""
+    """Of matrix products on a GPU, bf16 also on a CPU with AMX; states, sums and losses stay in fp32. fp16 scales the
+    loss."""
     log_every: int = Field(default=20, ge=1)
     """Steps between two rows of the log."""
     validate_every: int = Field(default=200, ge=1)

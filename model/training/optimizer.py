@@ -5,6 +5,7 @@ Source: ``AdaptiveOptimizer.optimize_step``, section 4.5.2 of the source documen
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from model.lm import AdaptiveAttentionSystem
+from model.ops.products import multiplies_bf16, products
 from model.training.config import TrainingConfig
 from model.training.distributed import ALONE, Ranks
 from model.training.firing import Reduced
@@ -40,7 +42,7 @@ class AdaptiveOptimizer:
             precision, checkpointing. ranks: the processes that take each step together.
 
     Raises:
-        ValueError: mixed precision without a GPU.
+        ValueError: mixed precision without a GPU, or on a CPU that has no units for it.
     """
 
     def __init__(self, model: AdaptiveAttentionSystem, config: TrainingConfig, ranks: Ranks = ALONE) -> None:
@@ -48,11 +50,17 @@ class AdaptiveOptimizer:
         self.config = config
         self.ranks = ranks
         device = model.device.type
-        if config.precision != "fp32" and device == "cpu":
-            raise ValueError(f"precision = {config.precision!r} needs a GPU; on a CPU it must be 'fp32'")
+        on_cpu, low = device == "cpu", config.precision != "fp32"
+        if on_cpu and low and not (config.precision == "bf16" and multiplies_bf16()):
+            expected = "'fp32', or 'bf16'" if multiplies_bf16() else "'fp32'"
+            raise ValueError(f"precision = {config.precision!r} needs a GPU; on this CPU it must be {expected}")
         model.gradient_checkpointing = config.checkpointing
         dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
-        self.mixed = partial(torch.autocast, device, dtype=dtype, enabled=config.precision != "fp32")
+        # A CPU's products take fp32 and round it on the way in, so that the compiled loops between them go on.
+        self.mixed = partial(
+            torch.autocast, device, dtype=dtype, enabled=device != "cpu" and config.precision != "fp32"
+        )
+        self.products = partial(products, "medium") if on_cpu and low else nullcontext
         self.scaler = torch.amp.GradScaler(device, enabled=config.precision == "fp16")
         matrices, decayed, kept, density = [], [], [], []
         for name, parameter in model.named_parameters():
@@ -98,6 +106,10 @@ class AdaptiveOptimizer:
         Raises:
             FloatingPointError: the loss or the gradient is not finite, on any process; the parameters are unchanged.
         """
+        with self.products():
+            return self._step(tokens, reduced, step)
+
+    def _step(self, tokens: Tensor, reduced: Reduced | None, step: int) -> Step:
         with self.mixed():
             loss = compute_loss(self.model, tokens, reduced, self.config)
         seen = f"loss {loss.total.item():.4g} (bits per byte: {_listed(loss.bits)})"

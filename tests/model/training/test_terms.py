@@ -245,9 +245,32 @@ def test_the_loss_scale_is_resumed() -> None:
     assert optimizers[1].scaler.get_scale() == 512.0
 
 
-def test_mixed_precision_needs_a_gpu() -> None:
-    with pytest.raises(ValueError, match="precision = 'fp16' needs a GPU"):
+@pytest.mark.parametrize(("units", "accepted"), [(False, "'fp32'"), (True, "'fp32', or 'bf16'")])
+def test_mixed_precision_needs_a_gpu_or_a_cpu_with_units_for_it(
+    units: bool, accepted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": units})
+    with pytest.raises(ValueError, match=f"precision = 'fp16' needs a GPU; on this CPU it must be {accepted}$"):
         AdaptiveOptimizer(random_model(), TrainingConfig(precision="fp16"))
+    if units:
+        AdaptiveOptimizer(random_model(), TrainingConfig(precision="bf16"))
+        return
+    with pytest.raises(ValueError, match=r"precision = 'bf16' needs a GPU; on this CPU it must be 'fp32'$"):
+        AdaptiveOptimizer(random_model(), TrainingConfig(precision="bf16"))
+
+
+def test_bf16_products_of_a_cpu_change_a_step_a_little_and_nothing_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the units are missing the products are computed all the same, slowly: the model here is small."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    bits, parameters = [], []
+    for precision in ("fp32", "bf16"):
+        model = random_model().requires_grad_(True).train()
+        optimizer = AdaptiveOptimizer(model, TrainingConfig(precision=precision))  # type: ignore[arg-type]
+        bits.append(optimizer.optimize_step(random_tokens(2, 97), REDUCED, 60).bits)
+        parameters.append(list(model.parameters()))
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert {parameter.dtype for parameter in parameters[1]} == {torch.float32}
+    assert bits[1] == pytest.approx(bits[0], rel=0.01)
 
 
 def test_the_parts_of_the_loss_are_weighed_as_configured() -> None:
