@@ -22,9 +22,7 @@ from torch import Tensor
 from model.ops.fused import arrays
 from model.ops.products import products
 from model.ops.recurrent import _VECTORS, Singles, _dot, _exp
-from model.ops.ssd import ScanResult, into_chunks
-
-_FAINT = np.float32(-80.0)
+from model.ops.ssd import ScanResult, into_chunks, segment_decay
 
 
 @njit(nogil=True, fastmath=_VECTORS, error_model="numpy")
@@ -37,25 +35,6 @@ def _scale(out: Singles, values: Singles, factor: np.float32) -> None:  # pragma
 def _scale_add(out: Singles, one: Singles, other: Singles, factor: np.float32) -> None:  # pragma: no cover - compiled
     for i in range(out.shape[0]):
         out[i] = one[i] + other[i] * factor
-
-
-@njit(nogil=True, fastmath=_VECTORS, error_model="numpy")
-def _decay_to(out: Singles, total: Singles, here: np.float32) -> None:  # pragma: no cover - compiled
-    """Decay from each of the positions up to one, whose ``total`` is ``here``."""
-    for j in range(out.shape[0]):
-        out[j] = _exp(max(here - total[j], _FAINT))
-
-
-@njit(nogil=True, fastmath=_VECTORS, error_model="numpy")
-def _multiply(out: Singles, one: Singles, other: Singles) -> None:  # pragma: no cover - compiled
-    for j in range(out.shape[0]):
-        out[j] = one[j] * other[j]
-
-
-@njit(nogil=True, fastmath=_VECTORS, error_model="numpy")
-def _add_product(out: Singles, one: Singles, other: Singles) -> None:  # pragma: no cover - compiled
-    for j in range(out.shape[0]):
-        out[j] += one[j] * other[j]
 
 
 @njit(nogil=True)
@@ -72,34 +51,6 @@ def _weigh(
             for h in range(heads):
                 _scale(by_head[n, h, q], x[n, q, h], dt[n, q, h])
                 _scale(to_end[n, q, h], by_head[n, h, q], _exp(total[n, h, length - 1] - total[n, h, q]))
-
-
-@njit(nogil=True)
-def _decay_scores(scores: Singles, total: Singles, out: Singles) -> None:  # pragma: no cover - compiled
-    """Scores [n, Q, Q] times the decay of each head into out [n, H, Q, Q]; zero above the diagonal.
-
-    total: [n, H, Q].
-    """
-    chunks, heads, length = total.shape
-    decay = np.empty(length, np.float32)
-    for n in range(chunks):
-        for h in range(heads):
-            for q in range(length):
-                _decay_to(decay[: q + 1], total[n, h, : q + 1], total[n, h, q])
-                _multiply(out[n, h, q, : q + 1], scores[n, q, : q + 1], decay[: q + 1])
-                out[n, h, q, q + 1 :] = 0.0
-
-
-@njit(nogil=True)
-def _decay_scores_gradient(by_out: Singles, total: Singles, by_scores: Singles) -> None:  # pragma: no cover - compiled
-    """Adds the gradients of :func:`_decay_scores` for one of its output to those by its scores."""
-    chunks, heads, length = total.shape
-    decay = np.empty(length, np.float32)
-    for n in range(chunks):
-        for h in range(heads):
-            for q in range(length):
-                _decay_to(decay[: q + 1], total[n, h, : q + 1], total[n, h, q])
-                _add_product(by_scores[n, q, : q + 1], by_out[n, h, q, : q + 1], decay[: q + 1])
 
 
 @njit(nogil=True)
@@ -187,12 +138,12 @@ class _Scan(torch.autograd.Function):
         d_state = B.shape[-1]
         x, dt, B, C = (value.contiguous() for value in (x, dt, B, C))
         initial = initial_state.reshape(len(initial_state), heads, -1).contiguous()
-        total = (dt * A).cumsum(1).transpose(1, 2).contiguous()  # [n, H, Q]
+        log_decay = (dt * A).transpose(1, 2)  # [n, H, Q]
+        total, decay = log_decay.cumsum(-1).contiguous(), segment_decay(log_decay)
 
         weighted, to_end = x.new_empty(chunks, heads, length, headdim), torch.empty_like(x)
         _weigh(*arrays(x, dt, total, weighted, to_end))
-        scores = x.new_empty(chunks, heads, length, length)
-        _decay_scores(*arrays(C @ B.transpose(1, 2), total, scores))
+        scores = (C @ B.transpose(1, 2)).unsqueeze(1) * decay  # [n, H, Q, Q]
         added = (to_end.flatten(2).transpose(1, 2) @ B).view(chunks, heads, -1)
         before, final = torch.empty_like(added), torch.empty_like(initial)
         _carry(*arrays(added, total, initial, before, final))
@@ -201,14 +152,14 @@ class _Scan(torch.autograd.Function):
         _join(*arrays(scores @ weighted, past.view_as(x), total, y))
 
         states = before.view(len(initial), -1, heads, headdim, d_state)
-        ctx.save_for_backward(x, dt, A, B, C, total, weighted, to_end, scores, before, y, final)
+        ctx.save_for_backward(x, dt, A, B, C, total, decay, weighted, to_end, scores, before, y, final)
         ctx.mark_non_differentiable(states)
         return y, final.view_as(initial_state), states
 
     @staticmethod
     @products("highest")
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, ...]:
-        x, dt, A, B, C, total, weighted, to_end, scores, before, y, final = ctx.saved_tensors
+        x, dt, A, B, C, total, decay, weighted, to_end, scores, before, y, final = ctx.saved_tensors
         chunks, _, heads, headdim = x.shape
         sequences, d_state = len(final), B.shape[-1]
         by_y, by_final = gradients[0].contiguous(), gradients[1].reshape(sequences, heads, -1).contiguous()
@@ -216,8 +167,7 @@ class _Scan(torch.autograd.Function):
         by_inside, by_past = torch.empty_like(weighted), torch.empty_like(x)
         _join_gradient(*arrays(by_y, total, by_inside, by_past))
         by_past = by_past.flatten(2)  # [n, Q, HP]
-        by_scores = torch.zeros_like(scores[:, 0])
-        _decay_scores_gradient(*arrays(by_inside @ weighted.transpose(2, 3), total, by_scores))
+        by_scores = (by_inside @ weighted.transpose(2, 3)).mul_(decay).sum(1)
         by_before = (by_past.transpose(1, 2) @ C).view_as(before)
         by_added, by_initial = torch.empty_like(before), torch.empty_like(final)
         _carry_gradient(*arrays(by_before, total, by_final, by_added, by_initial))

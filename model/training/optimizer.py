@@ -57,9 +57,7 @@ class AdaptiveOptimizer:
         model.gradient_checkpointing = config.checkpointing
         dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
         # A CPU's products take fp32 and round it on the way in, so that the compiled loops between them go on.
-        self.mixed = partial(
-            torch.autocast, device, dtype=dtype, enabled=device != "cpu" and config.precision != "fp32"
-        )
+        self.mixed = partial(torch.autocast, device, dtype=dtype, enabled=low and not on_cpu)
         self.products = partial(products, "medium") if on_cpu and low else nullcontext
         self.scaler = torch.amp.GradScaler(device, enabled=config.precision == "fp16")
         matrices, decayed, kept, density = [], [], [], []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -245,27 +246,25 @@ def test_the_loss_scale_is_resumed() -> None:
     assert optimizers[1].scaler.get_scale() == 512.0
 
 
-@pytest.mark.parametrize(("units", "accepted"), [(False, "'fp32'"), (True, "'fp32', or 'bf16'")])
+@pytest.mark.parametrize(
+    ("precision", "units", "accepted"),
+    [("fp16", False, "'fp32'"), ("fp16", True, "'fp32', or 'bf16'"), ("bf16", False, "'fp32'")],
+)
 def test_mixed_precision_needs_a_gpu_or_a_cpu_with_units_for_it(
-    units: bool, accepted: str, monkeypatch: pytest.MonkeyPatch
+    precision: Literal["fp16", "bf16"], units: bool, accepted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": units})
-    with pytest.raises(ValueError, match=f"precision = 'fp16' needs a GPU; on this CPU it must be {accepted}$"):
-        AdaptiveOptimizer(random_model(), TrainingConfig(precision="fp16"))
-    if units:
-        AdaptiveOptimizer(random_model(), TrainingConfig(precision="bf16"))
-        return
-    with pytest.raises(ValueError, match=r"precision = 'bf16' needs a GPU; on this CPU it must be 'fp32'$"):
-        AdaptiveOptimizer(random_model(), TrainingConfig(precision="bf16"))
+    with pytest.raises(ValueError, match=f"precision = '{precision}' needs a GPU; on this CPU it must be {accepted}$"):
+        AdaptiveOptimizer(random_model(), TrainingConfig(precision=precision))
 
 
 def test_bf16_products_of_a_cpu_change_a_step_a_little_and_nothing_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever the units are missing the products are computed all the same, slowly: the model here is small."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     bits, parameters = [], []
-    for precision in ("fp32", "bf16"):
+    for config in (TrainingConfig(), TrainingConfig(precision="bf16")):
         model = random_model().requires_grad_(True).train()
-        optimizer = AdaptiveOptimizer(model, TrainingConfig(precision=precision))  # type: ignore[arg-type]
+        optimizer = AdaptiveOptimizer(model, config)
         bits.append(optimizer.optimize_step(random_tokens(2, 97), REDUCED, 60).bits)
         parameters.append(list(model.parameters()))
         assert torch.get_float32_matmul_precision() == "highest"
