@@ -124,17 +124,35 @@ def ssd_scan(
     to_end = (total[:, :, -1:] - total).exp()  # [B, c, Q, H]
     weighted = (xdt.unflatten(-1, (heads, headdim)) * to_end.unsqueeze(-1)).flatten(3)
     added = (weighted.transpose(-1, -2) @ Bc).unflatten(2, (heads, headdim))  # [B, c, H, P, N]
-    carry = total[:, :, -1].exp()[..., None, None]  # [B, c, H, 1, 1]
-    states = [initial_state]
-    # unbind, not indexing: the gradient of an indexed chunk is a whole zero tensor, quadratic in the chunks.
-    for kept, new in zip(carry.unbind(1), added.unbind(1), strict=True):
-        states.append(torch.addcmul(new, kept, states[-1]))
-    before = torch.stack(states[:-1], dim=1)  # [B, c, H, P, N]
+    pass_states = _pass_one_by_one if x.device.type == "cpu" else _pass_at_once
+    states = pass_states(initial_state, added, total[:, :, -1])  # [B, c + 1, H, P, N]
+    before = states[:, :-1]
 
     past = (Cc @ before.flatten(2, 3).transpose(-1, -2)).unflatten(-1, (heads, headdim))  # [B, c, Q, H, P]
     y = torch.addcmul(inside.transpose(2, 3), past, total.exp().unsqueeze(-1))
     y = y.reshape(batch, -1, heads, headdim)[:, :length]
-    return ScanResult(y, states[-1], before)
+    return ScanResult(y, states[:, -1], before)
+
+
+def _pass_one_by_one(initial: Tensor, added: Tensor, log_decay: Tensor) -> Tensor:
+    """States [B, c + 1, H, P, N] at the chunks' bounds, the initial one first: c small operations, no others.
+
+    Args:
+        initial: [B, H, P, N]. added: [B, c, H, P, N] by each chunk. log_decay: [B, c, H] over each chunk.
+    """
+    states = [initial]
+    # unbind, not indexing: the gradient of an indexed chunk is a whole zero tensor, quadratic in the chunks.
+    for kept, new in zip(log_decay.exp()[..., None, None].unbind(1), added.unbind(1), strict=True):
+        states.append(torch.addcmul(new, kept, states[-1]))
+    return torch.stack(states, dim=1)
+
+
+def _pass_at_once(initial: Tensor, added: Tensor, log_decay: Tensor) -> Tensor:
+    """The same as one matrix product, for a GPU: it does c times the operations, and waits for no launches."""
+    given = torch.cat([initial.unsqueeze(1), added], dim=1)
+    decay = segment_decay(F.pad(log_decay, (0, 0, 1, 0)).transpose(1, 2))  # [B, H, c + 1, c + 1]
+    passed: Tensor = (decay @ given.transpose(1, 2).flatten(3)).unflatten(-1, given.shape[-2:])
+    return passed.transpose(1, 2)
 
 
 def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,14 +18,14 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """A matrix [m, n] with the singular vectors of ``matrix`` and singular values near 1."""
+    """Matrices [..., m, n] with the singular vectors of ``matrix`` and singular values near 1."""
     a, b, c = _COEFFICIENTS
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
-    x = wide / wide.norm().clamp_min(1e-7)
+    wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
+    x = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp_min(1e-7)
     for _ in range(iterations):
-        gram = x @ x.t()
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    result: Tensor = x if wide is matrix else x.t()
+    result: Tensor = x if wide is matrix else x.mT
     return result
 
 
@@ -45,14 +45,25 @@ class Muon(Optimizer):
     def step(self) -> None:  # type: ignore[override]
         """Update every matrix in place from its gradient."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                state["momentum"].lerp_(parameter.grad, 1.0 - group["momentum"])
-                update = orthogonalise(parameter.grad.lerp(state["momentum"], group["momentum"]))
-                scale = 0.2 * max(parameter.shape) ** 0.5
-                parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"] * scale)
+            for parameters in _launched_together([one for one in group["params"] if one.grad is not None]):
+                directions = []
+                for parameter in parameters:
+                    assert parameter.grad is not None
+                    state = self.state[parameter]
+                    if not state:
+                        state["momentum"] = torch.zeros_like(parameter)
+                    state["momentum"].lerp_(parameter.grad, 1.0 - group["momentum"])
+                    directions.append(parameter.grad.lerp(state["momentum"], group["momentum"]))
+                scale = 0.2 * max(parameters[0].shape) ** 0.5
+                for parameter, update in zip(parameters, orthogonalise(torch.stack(directions)), strict=True):
+                    parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
+                    parameter.add_(update, alpha=-group["lr"] * scale)
+
+
+def _launched_together(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """Matrices by shape on a GPU, where a launch takes longer than such a product; else one by one."""
+    groups: dict[tuple[object, ...], list[Tensor]] = {}
+    for number, parameter in enumerate(parameters):
+        key = (number,) if parameter.device.type == "cpu" else tuple(parameter.shape)
+        groups.setdefault(key, []).append(parameter)
+    return list(groups.values())

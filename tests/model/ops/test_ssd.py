@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.ops import ssd
 from model.ops.ssd import ssd_reference, ssd_scan
 
 H, P, N = 3, 4, 5
@@ -66,3 +67,21 @@ def test_gradients_are_those_of_the_recurrence_and_finite_under_strong_decay() -
     ssd_scan(**strong, chunk_size=64).y.sum().backward()
     assert strong["dt"].grad is not None
     assert strong["dt"].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("strength", [1.0, 1e4])
+def test_states_passed_at_once_are_those_passed_one_by_one_and_so_are_gradients(strength: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"initial": (2, H, P, N), "added": (2, 6, H, P, N), "log_decay": (2, 6, H)}
+    values = {name: torch.randn(*shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    values["log_decay"] = -strength * values["log_decay"].abs()
+    for value in values.values():
+        value.requires_grad_()
+    one_by_one, at_once = (one(**values) for one in (ssd._pass_one_by_one, ssd._pass_at_once))
+    torch.testing.assert_close(at_once, one_by_one, atol=1e-12, rtol=1e-12)
+    weights = torch.randn(one_by_one.shape, generator=generator, dtype=torch.float64)
+    gradients = [
+        torch.autograd.grad((states * weights).sum(), list(values.values())) for states in (one_by_one, at_once)
+    ]
+    for expected, got in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)

@@ -9,7 +9,7 @@ from model.training.calibration import calibrate
 from model.training.config import TrainingConfig
 from model.training.firing import Reduced, choose_fires, sample_reduced
 from model.training.loss import compute_loss
-from model.training.muon import orthogonalise
+from model.training.muon import _launched_together, orthogonalise
 from tests.model.shapes import SMALL, random_model, random_tokens
 
 REDUCED = Reduced(rate=0.3, uniform=False, d_state=None, momentum=0.1)
@@ -21,6 +21,21 @@ def test_muon_brings_singular_values_near_one(shape: tuple[int, int]) -> None:
     values = torch.linalg.svdvals(orthogonalise(torch.randn(shape), iterations=10))
     assert values.min() > 0.5
     assert values.max() < 1.5
+
+
+def test_muon_brings_matrices_together_where_it_would_one_by_one() -> None:
+    torch.manual_seed(0)
+    together = torch.randn(3, 32, 5, dtype=torch.float64)
+    expected = torch.stack([orthogonalise(matrix) for matrix in together])
+    torch.testing.assert_close(orthogonalise(together), expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("device", "groups"), [("cpu", [[0], [1], [2]]), ("meta", [[0, 2], [1]])])
+def test_muon_groups_matrices_by_shape_where_launches_are_dear(device: str, groups: list[list[int]]) -> None:
+    matrices = [torch.empty(shape, device=device) for shape in ((4, 6), (6, 4), (4, 6))]
+    launched = _launched_together(matrices)
+    numbers = {id(matrix): number for number, matrix in enumerate(matrices)}
+    assert [[numbers[id(matrix)] for matrix in group] for group in launched] == groups
 
 
 def test_the_loss_reaches_every_part_of_the_model() -> None:
