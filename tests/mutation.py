@@ -66,7 +66,11 @@ MUTATIONS = (
     ),
     Mutation(
         "scan: initial state dropped", SCAN,
-        "states = [initial_state]", "states = [torch.zeros_like(initial_state)]", (READING,),
+        "states = [initial]", "states = [torch.zeros_like(initial)]", (READING,),
+    ),
+    Mutation(
+        "scan: decays of chunks one late where states pass at once", SCAN,
+        "F.pad(log_decay, (0, 0, 1, 0))", "F.pad(log_decay, (0, 0, 0, 1))", ("tests/model/ops/test_ssd.py",),
     ),
     Mutation(
         "pass: convolution state dropped between pieces", MIXER,
