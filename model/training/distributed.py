@@ -2,8 +2,7 @@
 
 Each reads its rows of the same batches and averages its gradients with the others', so that all take the same step.
 What depends on the texts of a batch beside their mean is worked out per process, over its own rows: the threshold at
-which a reduced rate is met, the statistics of the density (averaged afterwards), and the one sequence whose divergence
-from full resolution is measured.
+which a reduced rate is met, and the statistics of the density (averaged afterwards).
 """
 
 from __future__ import annotations

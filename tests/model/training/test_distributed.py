@@ -20,7 +20,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 EQUAL = {
     "plain": recipe(plain=True, sequences=4),
-    # Without what a process works out over its own rows: thresholds, statistics, the one sequence of the divergence.
+    # Without what a process works out over its own rows: thresholds, and statistics.
     "elastic_at_a_stride": recipe(sequences=4, uniform_share=1.0, lambda_info=0.0),
 }
 """Runs that several processes do exactly as one does, but for rounding."""

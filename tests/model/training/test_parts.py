@@ -8,7 +8,7 @@ from model.adaptive.tiling import RATES, Pace
 from model.training.calibration import calibrate
 from model.training.config import TrainingConfig
 from model.training.firing import Reduced, choose_fires, sample_reduced
-from model.training.loss import compute_loss
+from model.training.loss import compute_loss, divergence
 from model.training.muon import _launched_together, orthogonalise
 from tests.model.shapes import SMALL, random_model, random_tokens
 
@@ -47,6 +47,14 @@ def test_the_loss_reaches_every_part_of_the_model() -> None:
     # Used only when the state is resized, which this step does not do.
     assert all("fold" in name or "level_scale" in name for name in unused)
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_the_divergence_is_a_mean_over_all_texts() -> None:
+    torch.manual_seed(0)
+    logits, full = torch.randn(2, 3, 7, 11, dtype=torch.float64).unbind(0)
+    mine, given = logits.log_softmax(-1), full.log_softmax(-1)
+    expected = (given.exp() * (given - mine)).sum(-1).mean()
+    torch.testing.assert_close(divergence(logits.float(), full.float()), expected.float())
 
 
 def test_a_reduced_pass_that_fires_everywhere_costs_what_full_resolution_does() -> None:
