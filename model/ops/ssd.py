@@ -131,7 +131,7 @@ def ssd_scan(
     past = (Cc @ before.flatten(2, 3).transpose(-1, -2)).unflatten(-1, (heads, headdim))  # [B, c, Q, H, P]
     y = torch.addcmul(inside.transpose(2, 3), past, total.exp().unsqueeze(-1))
     y = y.reshape(batch, -1, heads, headdim)[:, :length]
-    return ScanResult(y, states[:, -1], before)
+    return ScanResult(y, states[:, -1].clone(), before)  # a copy: it outlives the others
 
 
 def _pass_one_by_one(initial: Tensor, added: Tensor, log_decay: Tensor) -> Tensor:
