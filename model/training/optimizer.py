@@ -56,10 +56,9 @@ class AdaptiveOptimizer:
             raise ValueError(f"precision = {config.precision!r} needs a GPU; on this CPU it must be {expected}")
         model.gradient_checkpointing = config.checkpointing
         dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
-        # A CPU's products take fp32 and round it on the way in, so that the compiled loops between them go on; a GPU's
-        # products that autocast leaves in fp32, those of the recurrence and of Muon, take TF32.
+        # A CPU's products take fp32 and round it on the way in, so that the compiled loops between them go on.
         self.mixed = partial(torch.autocast, device, dtype=dtype, enabled=low and not on_cpu)
-        self.products = partial(products, "medium") if low else nullcontext
+        self.products = partial(products, "medium") if on_cpu and low else nullcontext
         self.scaler = torch.amp.GradScaler(device, enabled=config.precision == "fp16")
         matrices, decayed, kept, density = [], [], [], []
         for name, parameter in model.named_parameters():
