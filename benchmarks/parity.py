@@ -4,7 +4,8 @@
 
 Without ``--speed``: a table of components, references, maximal errors and cases; the exit status is 1 if an error is
 over its bound. With ``--speed``: a plain Mamba-2 of six layers and width 256; both models hold the same weights, rounds
-alternate between them, and the ratios are medians over the rounds.
+alternate between them, and the ratios are medians over the rounds. A step is measured with the weights as drawn, in
+fp32, and rounded to what bf16 has, as most models are published; both models compute in fp32 with either.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.references import autograd_gradient, brute_force, dense_rows, make_trace, states
 from model.adaptive.density import state_gradient
 from model.adaptive.router import CrossScaleRouter
-from model.convert import SourceConfig, convert_config, convert_weights
+from model.convert import SourceConfig, convert_config, convert_weights, round_matrices
 from model.device import set_threads
 from model.layers.mamba2 import VariableStateSpaceModel
 from model.lm import AdaptiveAttentionSystem
@@ -194,9 +195,15 @@ def _gap(ours: Tensor, expected: Tensor) -> float:
     return float((ours - expected).abs().nan_to_num(nan=float("inf")).max())
 
 
-def time_sides(length: int, generated: int, rounds: int) -> dict[str, Any]:
-    """Seconds of prefill and of a step per round, and the median ratios (transformers' time / ours)."""
+def time_sides(length: int, generated: int, rounds: int, *, bf16: bool = False) -> dict[str, Any]:
+    """Seconds of prefill and of a step per round, and the median ratios (transformers' time / ours).
+
+    ``bf16``: both hold weights that bf16 has.
+    """
     ours, theirs = pair(SPEED)
+    if bf16:
+        round_matrices(ours)
+        round_matrices(theirs)
     tokens = torch.randint(0, 257, (1, length))
     sides: dict[str, Callable[[], tuple[float, float]]] = {
         "rheostat": lambda: run_ours(ours, tokens, generated),
@@ -280,13 +287,15 @@ def main() -> int:
         return 0
     if arguments.speed:
         report = time_sides(arguments.length, arguments.tokens, arguments.rounds)
+        report["bf16"] = time_sides(min(arguments.length, 512), arguments.tokens, arguments.rounds, bf16=True)
         peaks = {side: peak_memory(side, arguments.length, arguments.threads) for side in ("rheostat", "transformers")}
         report["peak_bytes"] = peaks
         if arguments.json:
             print(json.dumps(describe_machine() | report, indent=2))
         else:
             print(f"prefill of {report['bytes']} bytes: {report['prefill_ratio']:.2f} times as fast as transformers")
-            print(f"one-stream step: {report['step_ratio']:.2f} times as fast as transformers")
+            print(f"one-stream step, weights of fp32: {report['step_ratio']:.2f} times as fast as transformers")
+            print(f"one-stream step, weights of bf16: {report['bf16']['step_ratio']:.2f} times as fast as transformers")
             print(
                 "peak memory of prefill: " + ", ".join(f"{side} {size / 2**20:.1f} MiB" for side, size in peaks.items())
             )

@@ -10,9 +10,11 @@ import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from model.config import ModelConfig, StrictModel
 from model.lm import AdaptiveAttentionSystem
+from model.ops.words import exact_in_bf16
 from model.subword import SubwordError, SubwordTokenizer
 from model.tokenizer import ByteTokenizer, Tokenizer
 
@@ -115,13 +117,20 @@ def save_checkpoint(
     provenance: Mapping[str, str | int | float | bool] | None = None,
     special_tokens: SpecialTokens | None = None,
 ) -> None:
-    """Write a checkpoint, without its tokenizer; each file appears whole or not at all."""
+    """Write a checkpoint, without its tokenizer; each file appears whole or not at all.
+
+    A matrix of which bf16 has every number is written in bf16.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = CheckpointConfig(model=model.config, special_tokens=special_tokens, provenance=dict(provenance or {}))
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    weights = {name: _smallest(value.detach().cpu().contiguous()) for name, value in model.state_dict().items()}
     partial = folder / f"{WEIGHTS_FILE}.partial"
     partial.write_bytes(save(weights))  # save_file makes a file that only its owner may read, whatever the umask
     partial.replace(folder / WEIGHTS_FILE)
     text = folder / f"{CONFIG_FILE}.partial"
     text.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
     text.replace(folder / CONFIG_FILE)
+
+
+def _smallest(value: Tensor) -> Tensor:
+    return value.to(torch.bfloat16) if value.dim() == 2 and exact_in_bf16(value) else value

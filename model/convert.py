@@ -1,4 +1,4 @@
-"""From a Hugging Face Mamba-2 folder to a checkpoint whose full budget equals the source.
+"""From a Hugging Face Mamba-2 folder to a checkpoint whose full budget equals the source; and matrices rounded to bf16.
 
 Source: the parameter names of transformers' ``Mamba2ForCausalLM``; the block of Dao and Gu 2024, section 7.
 """
@@ -18,7 +18,7 @@ import torch
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.checkpoint import (
     CONFIG_FILE,
@@ -26,6 +26,8 @@ from model.checkpoint import (
     WEIGHTS_FILE,
     CheckpointError,
     SpecialTokens,
+    load_checkpoint,
+    read_config,
     save_checkpoint,
 )
 from model.config import ModelConfig, Positive, StrictModel
@@ -270,8 +272,12 @@ def convert(
     name: str | None = None,
     encoder_layers: int | None = None,
     decoder_layers: int | None = None,
+    *,
+    bf16: bool = False,
 ) -> ModelConfig:
     """Write a checkpoint at ``output`` from the Hugging Face folder ``source``; ``tokenizer.json`` is kept beside it.
+
+    ``bf16``: see :func:`round_matrices`.
 
     Raises:
         CheckpointError: the source is incomplete, damaged, or no Mamba-2 that the model can hold, or its tokenizer is
@@ -282,10 +288,47 @@ def convert(
     config = convert_config(found, chosen, encoder_layers, decoder_layers)
     special = _check_tokenizer(source, config)
     model = convert_weights(config, read_weights(source), conv_bias=found.use_conv_bias)
+    if bf16:
+        round_matrices(model)
     save_checkpoint(model, output, {"converted_from": source.name, "layers": found.num_hidden_layers}, special)
     if special is not None:
         shutil.copyfile(source / TOKENIZER_FILE, output / TOKENIZER_FILE)
     return config
+
+
+def round_matrices(model: nn.Module) -> None:
+    """Round embedding and projections to bf16, in place: on a CPU a step of one stream then reads half as much.
+
+    States and everything that is computed stay in fp32. Steps and passes see the same rounded numbers.
+    """
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                module.weight.copy_(module.weight.to(torch.bfloat16))
+    model.train(model.training)  # what was kept of the weights no longer holds
+
+
+def round_checkpoint(source: Path, output: Path) -> ModelConfig:
+    """Write the checkpoint ``source`` with its matrices rounded to bf16 at ``output``.
+
+    Raises:
+        CheckpointError: the source is incomplete or damaged.
+    """
+    found, model = read_config(source), load_checkpoint(source)
+    round_matrices(model)
+    save_checkpoint(model, output, found.provenance, found.special_tokens)
+    if found.special_tokens is not None:
+        shutil.copyfile(source / TOKENIZER_FILE, output / TOKENIZER_FILE)
+    return found.model
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint already; one that cannot be read does not."""
+    try:
+        content = json.loads((folder / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "format" in content
 
 
 def _check_tokenizer(source: Path, config: ModelConfig) -> SpecialTokens | None:
@@ -303,17 +346,28 @@ def _check_tokenizer(source: Path, config: ModelConfig) -> SpecialTokens | None:
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``rheostat convert`` on ``parser``."""
-    parser.add_argument("source", type=Path, help="folder with config.json and model.safetensors (or shards and index)")
+    parser.add_argument(
+        "source", type=Path, help="folder with config.json and model.safetensors (or shards and index); or a checkpoint"
+    )
     parser.add_argument("output", type=Path, help="folder for the checkpoint")
     parser.add_argument("--name", help="of the model; the source folder's unless given")
     parser.add_argument("--encoder-layers", type=int, help="first layers that run at every token; a sixth unless given")
     parser.add_argument("--decoder-layers", type=int, help="last layers that run at every token; a sixth unless given")
+    parser.add_argument(
+        "--bf16", action="store_true", help="round matrices to bf16: half the file, and less to read in a step on a CPU"
+    )
 
 
 def run_convert(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     chosen: dict[str, Any] = {key: getattr(arguments, key) for key in ("name", "encoder_layers", "decoder_layers")}
-    config = convert(arguments.source, arguments.output, **chosen)
+    if _is_checkpoint(arguments.source):
+        if not arguments.bf16 or any(value is not None for value in chosen.values()):
+            raise CheckpointError(f"{arguments.source} is a checkpoint already; all that it can be given is --bf16")
+        config = round_checkpoint(arguments.source, arguments.output)
+        print(f"{config.name}: matrices rounded to bf16 at {arguments.output}.")
+        return 0
+    config = convert(arguments.source, arguments.output, **chosen, bf16=arguments.bf16)
     print(
         f"{config.name}: {config.encoder_layers} + {config.trunk_layers} + {config.decoder_layers} layers "
         f"(encoder, trunk, decoder) at {arguments.output}. At full budget it equals the source; "

@@ -7,7 +7,8 @@ operations, so the fast one works on numpy views of the same memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from model.layers.mamba2 import AdaptiveMambaBlock
 from model.layers.norm import RMSNorm
 from model.ops.recurrent import decode_rows, encode_rows, norm_rows, project_rows
 from model.ops.ssd import StepTrace
+from model.ops.words import NO_MATRIX, Matrix, readable
 from model.state import BlockState, ModelState
 
 _NOTHING = np.empty((0, 0), np.float32)
@@ -41,6 +43,7 @@ class System(Protocol):
     router: CrossScaleRouter
     exit_norm: RMSNorm
     final_norm: RMSNorm
+    training: bool
 
     @property
     def head_weight(self) -> Tensor:
@@ -52,7 +55,7 @@ class System(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SystemViews:
-    """What compiled steps read of a system; arrays unless stated otherwise."""
+    """What compiled steps read of a system; arrays unless stated otherwise; most matrices with their words."""
 
     encoder: tuple[AdaptiveMambaBlock, ...]
     """The blocks themselves, which have views of their own."""
@@ -60,21 +63,23 @@ class SystemViews:
     decoder: tuple[AdaptiveMambaBlock, ...]
     embedding: Any
     """[V, d_model]."""
-    head: Any
+    head: Matrix
     """[V, d_model]."""
     exit_norm: tuple[Any, float]
     """Weight [d_model], epsilon."""
     final_norm: tuple[Any, float]
-    down: Any
+    down: Matrix
     """[d_trunk, d_model] of the router; empty where the widths are equal."""
-    up: Any
+    up: Matrix
     """[d_model, d_trunk]."""
     raw_fading: Any
     """[d_model]."""
-    code: Any
+    code: Matrix
     """[r, d_model] of the router; empty where the trunk's states skip what it skips."""
-    propagations: tuple[Any, ...]
+    propagations: tuple[Matrix, ...]
     """[x B C | dt, r] of each block of the trunk; empty likewise."""
+    trace_widths: tuple[int, ...]
+    """Of the arrays of a trace but the last; none where the density measures nothing."""
 
 
 def make_views(system: System) -> SystemViews:
@@ -83,28 +88,31 @@ def make_views(system: System) -> SystemViews:
     def array(weight: Tensor) -> Any:
         return weight.detach().numpy()
 
+    def matrix(linear: nn.Linear | None) -> Matrix:
+        return NO_MATRIX if linear is None else readable(linear.weight, frozen=not system.training)
+
     stacks = (system.encoder, system.trunk, system.decoder)
     encoder, trunk, decoder = (tuple(cast(AdaptiveMambaBlock, block) for block in stack) for stack in stacks)
     router = system.router
-    read = [block.mixer.propagation for block in trunk]
+    read, last = [block.mixer.propagation for block in trunk], encoder[-1].mixer
     return SystemViews(
         encoder=encoder,
         trunk=trunk,
         decoder=decoder,
         embedding=array(system.embedding.weight),
-        head=array(system.head_weight),
+        head=readable(system.head_weight, frozen=not system.training),
         exit_norm=(array(system.exit_norm.weight), system.exit_norm.eps),
         final_norm=(array(system.final_norm.weight), system.final_norm.eps),
-        down=_NOTHING if router.down is None else array(router.down.weight),
-        up=_NOTHING if router.up is None else array(router.up.weight),
+        down=matrix(router.down),
+        up=matrix(router.up),
         raw_fading=array(router.raw_fading),
-        code=_NOTHING if router.code is None else array(router.code.weight),
-        propagations=tuple(_NOTHING if one is None else array(one.weight) for one in read),
+        code=matrix(router.code),
+        propagations=tuple(matrix(one) for one in read),
+        trace_widths=(last.d_state, last.d_state, last.heads, last.heads) if system.density.measured else (),
     )
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutput:
+class StepOutput(NamedTuple):
     """Result of reading one token per sequence."""
 
     logits: Tensor
@@ -179,12 +187,13 @@ def step_compiled(system: System, tokens: Tensor, state: ModelState, rates: Tens
     Two compiled calls: what happens in the interpreter is slow, since the weights have pushed it out of the caches.
     """
     views, router = system.views(), state.router
-    wanted, places = rates.numpy(), np.arange(len(tokens)) if rows is None else rows.numpy()
+    wanted = rates.numpy()
+    places = _all_rows(len(wanted)) if rows is None else rows.numpy()
     fired = wanted >= 1.0
     chosen = ((wanted > 0.0) & ~fired).nonzero()[0]
     # Whoever is analysed: loops that trace round otherwise than those that do not, and mates must change no bit.
-    traced = system.density.measured
-    trace = _make_trace(system, len(places)) if traced else _NO_TRACE
+    traced = len(views.trace_widths) > 0
+    trace = _make_trace(views.trace_widths, len(places)) if traced else _NO_TRACE
     encoder = _with_states(views.encoder, state.encoder)
     read = tokens.contiguous().numpy()
     hidden = encode_rows(read, views.embedding, places, traced, trace, encoder)
@@ -203,16 +212,16 @@ def step_compiled(system: System, tokens: Tensor, state: ModelState, rates: Tens
     return StepOutput(torch.from_numpy(logits), torch.from_numpy(fired))
 
 
+@lru_cache
+def _all_rows(count: int) -> Any:
+    return np.arange(count)
+
+
 def _with_states(blocks: tuple[AdaptiveMambaBlock, ...], states: tuple[BlockState, ...]) -> tuple[tuple[Any, ...], ...]:
     """What compiled steps read of blocks, and their states, which they advance."""
-    return tuple(
-        (*block.views().step, state.conv_state.numpy(), state.ssm_state.numpy())
-        for block, state in zip(blocks, states, strict=True)
-    )
+    return tuple((*block.views().step, *state.arrays()) for block, state in zip(blocks, states, strict=True))
 
 
-def _make_trace(system: System, count: int) -> tuple[Any, ...]:
+def _make_trace(widths: tuple[int, ...], count: int) -> tuple[Any, ...]:
     """Room for the content of a :class:`~model.ops.ssd.StepTrace` of so many rows."""
-    mixer = system.views().encoder[-1].mixer
-    widths = (mixer.d_state, mixer.d_state, mixer.heads, mixer.heads)
     return (*(np.empty((count, width), np.float32) for width in widths), np.empty(count))

@@ -339,7 +339,6 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         pace = Pace(position, last_fire, fires, router.quota.item())
         return self.tiles.online(density, rate, pace) if causal else self.tiles.plan(density, rate, pace)
 
-    @torch.inference_mode()
     def step(self, tokens: Tensor, state: ModelState, rates: Tensor, rows: Tensor | None = None) -> StepOutput:
         """Read one token per sequence, the trunk only for those that fire.
 
@@ -348,7 +347,10 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
             rates: [n] float64 fires per byte, 0 to 1; sequences of all rates mix, and none changes another's logits.
             rows: [n] int64, those of the B that take part, each once; None for all. The others' states do not change.
         """
-        step = step_compiled if compiled(self.embedding.weight) else step_plain
+        if not torch.is_inference_mode_enabled():  # to enter it takes as long as a small block does
+            with torch.inference_mode():
+                return self.step(tokens, state, rates, rows)
+        step = step_compiled if compiled(state.router.held) else step_plain
         if rows is None:
             return step(self, tokens, state, rates, None)
         # The large states are reached by row; the small ones are gathered.

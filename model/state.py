@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -72,14 +72,34 @@ class Rows:
             mine.copy_(new)
 
 
+class _Kept:
+    """Room for what a state keeps beside its tensors."""
+
+    __slots__ = ("_arrays",)
+
+    _arrays: tuple[Any, Any]
+
+
 @dataclass(slots=True)
-class BlockState(Rows):
-    """State of one Mamba-2 block."""
+class BlockState(Rows, _Kept):
+    """State of one Mamba-2 block; its tensors are written in place, never replaced."""
 
     conv_state: Tensor
     """[B, d_conv - 1, conv_dim] the last inputs of the convolution, before it."""
     ssm_state: Tensor
     """[B, H, P, N] fp32."""
+
+    def arrays(self) -> tuple[Any, Any]:
+        """The two as numpy arrays of the same memory, made once: a step of one stream would notice."""
+        try:
+            return self._arrays
+        except AttributeError:
+            self._arrays = self.conv_state.numpy(), self.ssm_state.numpy()  # type: ignore[misc]  # a slot of _Kept
+            return self._arrays
+
+    def __reduce__(self) -> tuple[type[BlockState], tuple[Tensor, Tensor]]:
+        """A copy has tensors of its own, and no arrays yet."""
+        return BlockState, (self.conv_state, self.ssm_state)
 
 
 @dataclass(slots=True)

@@ -20,6 +20,8 @@ COPIED = ("model", "tests")
 SCAN = "model/ops/ssd.py"
 MIXER = "model/layers/mamba2.py"
 LOOPS = "model/ops/recurrent.py"
+WORDS = "model/ops/words.py"
+VIEWS = "model/ops/views.py"
 RULE = "model/ops/tiling.py"
 DENSITY = "model/adaptive/density.py"
 SYSTEM = "model/lm.py"
@@ -154,6 +156,14 @@ MUTATIONS = (
     Mutation(
         "batch mates share a row of the state", LOOPS,
         "now, part = ssm_state[rows[i], h]", "now, part = ssm_state[i, h]", (PACKING,),
+    ),
+    Mutation(
+        "compiled: weights rounded to bf16 unasked", WORDS,
+        "frozen and exact_in_bf16(weight)", "frozen", (STEPS,),
+    ),
+    Mutation(
+        "compiled: copies of weights outlive training", VIEWS,
+        "if self._views is None or self.training:", "if self._views is None:", ("tests/model/ops/test_words.py",),
     ),
     Mutation(
         "compiled: scale of a state size dropped", LOOPS,

@@ -21,6 +21,7 @@ from model.ops.fused_scan import fused_scan
 from model.ops.recurrent import compiled
 from model.ops.ssd import ScanTrace, StepTrace, ssd_scan, ssd_step
 from model.ops.views import Viewed
+from model.ops.words import readable
 from model.state import BlockState, zero_block_state
 
 
@@ -347,21 +348,21 @@ class AdaptiveMambaBlock(Viewed[BlockViews]):
 
     def _make_views(self) -> BlockViews:
         mixer = self.mixer
-        weights = (
-            mixer.level_sizes, mixer.level_scale, mixer.conv_weight, mixer.conv_bias, mixer.dt_bias, mixer.A_log,
-            mixer.D, mixer.tile_exponent, mixer.norm.weight, mixer.in_proj.weight, mixer.out_proj.weight,
-            self.norm.weight,
-        )  # fmt: skip
+        per_head = torch.stack([mixer.dt_bias, mixer.A_log, mixer.D, mixer.tile_exponent])
+        conv = torch.cat([mixer.conv_weight.t(), mixer.conv_bias.unsqueeze(0)])
+        weights = (mixer.level_sizes, mixer.level_scale, conv, per_head, mixer.norm.weight)
         arrays = [value.detach().numpy() for value in weights]
+        norm = self.norm.weight.detach().numpy()
+        matrices = [readable(one.weight, frozen=not self.training) for one in (mixer.in_proj, mixer.out_proj)]
         limits = (mixer.least_dt, mixer.most_dt)
         return BlockViews(
             in_proj=mixer.in_proj.weight.detach().t(),
             out_proj=mixer.out_proj.weight.detach().t(),
-            norm=(arrays[11], self.norm.eps),
-            gate_norm=(arrays[8], mixer.norm.eps),
-            A_log=arrays[5],
+            norm=(norm, self.norm.eps),
+            gate_norm=(arrays[4], mixer.norm.eps),
+            A_log=arrays[3][1],
             propagation=None if mixer.propagation is None else mixer.propagation.weight.detach().t(),
             chunk_size=mixer.chunk_size,
-            mixer=(*arrays[:8], *limits),
-            step=(*arrays, *limits, mixer.norm.eps, self.norm.eps),
+            mixer=(*arrays[:4], *limits),
+            step=(*arrays, *matrices, norm, *limits, mixer.norm.eps, self.norm.eps),
         )

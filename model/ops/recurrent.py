@@ -15,17 +15,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
 from model.ops.tiling import Booleans, Floats, Integers
 
 Singles = NDArray[np.float32]
+Matrix = tuple[NDArray[np.float32], NDArray[np.uint16]]
+"""Of [V, D] as :func:`~model.ops.words.readable` gives it."""
 
 # Sums may be reordered into vector registers; infinities and NaN keep their meaning.
 _VECTORS = {"reassoc", "contract", "nsz"}
 _ONE = np.float32(1.0)
+_LANES = 8
+"""Numbers in a vector of a product: a register of AVX2, two of NEON."""
 _REACH = 16
 """Positions that one head reads before the next does: what the heads share stays in the nearest caches meanwhile."""
 
@@ -68,13 +75,107 @@ def _dot(one: Singles, other: Singles) -> np.float32:  # pragma: no cover - comp
     return total
 
 
+def _make_products(rows: int, columns: int, *, packed: bool) -> Any:
+    """Compiled code that fills ``y[i : i + rows, v : v + columns]`` with products of rows of ``x`` and of a matrix.
+
+    ``packed``: the matrix is given by its bf16 numbers. Written in LLVM's vectors, since what a compiler makes of a
+    loop over sums depends on what stands around it: here a product is added up in the same order wherever it is
+    computed, so that tiles of any size, and numbers in fp32 or in bf16, give the same bits. What is beyond a multiple
+    of ``_LANES`` is left to the caller.
+    """
+    vector = ir.VectorType(ir.FloatType(), _LANES)
+    halves, bits = (ir.VectorType(ir.IntType(size), _LANES) for size in (16, 32))
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        def number(value: int) -> Any:
+            return context.get_constant(types.intp, value)
+
+        def row(data: Any, start: Any, offset: int, width: Any) -> Any:
+            return builder.gep(data, [builder.mul(builder.add(start, number(offset)), width)])
+
+        def load(data: Any, at: Any, kind: Any, align: int) -> Any:
+            loaded = builder.load(builder.bitcast(builder.gep(data, [at]), kind.as_pointer()))
+            loaded.align = align
+            return loaded
+
+        i, v = arguments[1], arguments[3]
+        x, matrix, y = (context.make_array(signature.args[k])(context, builder, arguments[k]) for k in (0, 2, 4))
+        width, outputs = (builder.extract_value(array.shape, 1) for array in (x, y))
+        left = [row(x.data, i, offset, width) for offset in range(rows)]
+        right = [row(matrix.data, v, offset, width) for offset in range(columns)]
+        tile = [(r, c) for r in range(rows) for c in range(columns)]
+        sums = {place: cgutils.alloca_once_value(builder, ir.Constant(vector, None)) for place in tile}
+        kind = ir.FunctionType(vector, [vector] * 3)
+        multiply_add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{_LANES}f32")
+        with cgutils.for_range(builder, builder.udiv(width, number(_LANES))) as loop:
+            at = builder.mul(loop.index, number(_LANES))
+            weights = []
+            for data in right:
+                if packed:
+                    wide = builder.zext(load(data, at, halves, 2), bits)
+                    weights.append(builder.bitcast(builder.shl(wide, ir.Constant(bits, [16] * _LANES)), vector))
+                else:
+                    weights.append(load(data, at, vector, 4))
+            values = [load(data, at, vector, 4) for data in left]
+            for r, c in tile:
+                total = builder.call(multiply_add, [values[r], weights[c], builder.load(sums[r, c])])
+                builder.store(total, sums[r, c])
+        for r, c in tile:
+            total, lanes = builder.load(sums[r, c]), _LANES
+            while lanes > 1:
+                lanes //= 2
+                parts = [
+                    builder.shuffle_vector(
+                        total, total, ir.Constant(ir.VectorType(ir.IntType(32), lanes), [*range(first, first + lanes)])
+                    )
+                    for first in (0, lanes)
+                ]
+                total = builder.fadd(*parts)
+            place = builder.gep(row(y.data, i, r, outputs), [builder.add(v, number(c))])
+            builder.store(builder.extract_element(total, ir.Constant(ir.IntType(32), 0)), place)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def products(_typing: Any, x: Any, _i: Any, matrix: Any, _v: Any, y: Any) -> Any:
+        return types.void(x, types.intp, matrix, types.intp, y), generate
+
+    return products
+
+
+_four_by_two, _one_by_four, _one_by_one = (_make_products(*size, packed=False) for size in ((4, 2), (1, 4), (1, 1)))
+_packed_by_four, _packed_by_one = (_make_products(1, columns, packed=True) for columns in (4, 1))
+
+
 @njit(cache=True, nogil=True)
-def project_rows(x: Singles, weight: Singles) -> Singles:  # pragma: no cover - compiled
-    """``x @ weight.T``: [n, D] and [V, D] to [n, V], a row's bits the same for every n."""
-    y = np.empty((x.shape[0], weight.shape[0]), np.float32)
-    for v in range(weight.shape[0]):
-        for i in range(x.shape[0]):
-            y[i, v] = _dot(x[i], weight[v])
+def project_rows(x: Singles, matrix: Matrix) -> Singles:  # pragma: no cover - compiled
+    """``x @ weight.T``: [n, D] and [V, D] to [n, V], a row's bits the same for every n and with words or without.
+
+    A few rows take as long as the matrix takes to read, and words are half as much; many take as long as multiplying
+    does, and words would have to be widened.
+    """
+    weight, words = matrix
+    count, outputs = x.shape[0], weight.shape[0]
+    packed, fours, whole = words.shape[0] > 0 and count < 4, count // 4 * 4, outputs // 4 * 4
+    y = np.empty((count, outputs), np.float32)
+    for v in range(0, whole, 4):
+        for i in range(0, fours, 4):
+            _four_by_two(x, i, weight, v, y)
+            _four_by_two(x, i, weight, v + 2, y)
+        for i in range(fours, count):
+            if packed:
+                _packed_by_four(x, i, words, v, y)
+            else:
+                _one_by_four(x, i, weight, v, y)
+    for v in range(whole, outputs):
+        for i in range(count):
+            if packed:
+                _packed_by_one(x, i, words, v, y)
+            else:
+                _one_by_one(x, i, weight, v, y)
+    for k in range(x.shape[1] // _LANES * _LANES, x.shape[1]):
+        for i in range(count):
+            for v in range(outputs):
+                y[i, v] += x[i, k] * weight[v, k]
     return y
 
 
@@ -281,12 +382,8 @@ def mixer_rows(
     chunk_size: int,
     levels: Integers,
     level_scale: Singles,
-    conv_weight: Singles,
-    conv_bias: Singles,
-    dt_bias: Singles,
-    A_log: Singles,
-    D: Singles,
-    exponent: Singles,
+    conv: Singles,
+    per_head: Singles,
     least_dt: float,
     most_dt: float,
 ) -> None:  # pragma: no cover - compiled
@@ -309,14 +406,17 @@ def mixer_rows(
             side by side wait for each other.
         gated: [B, K, HP], filled with gated outputs where a position counts.
         levels: sizes that the state may run at. level_scale: of C at each of them but the last.
-        conv_weight: [C, d_conv]. conv_bias: [C].
-        dt_bias, A_log, D: [H]. exponent: [H], of the stretch. least_dt, most_dt: limits of the step size.
+        conv: [d_conv + 1, C] weights of the convolution by tap, then its bias.
+        per_head: [4, H] dt_bias, A_log, D, and the exponent of the stretch. Few arrays, since each costs a call 0.1 us.
+        least_dt, most_dt: limits of the step size.
     """
-    headdim, channels = ssm_state.shape[2], conv_bias.shape[0]
+    headdim, channels = ssm_state.shape[2], conv.shape[1]
+    by_tap, conv_bias = conv[:-1], conv[-1]
+    dt_bias, A_log, D, exponent = per_head[0], per_head[1], per_head[2], per_head[3]
     inner = ssm_state.shape[1] * headdim
     d_state = (channels - inner) // 2
     low, high = first * headdim, last * headdim
-    traced, by_tap = before.shape[1] > 0, conv_weight.T.copy()
+    traced = before.shape[1] > 0
     keys = np.empty((_REACH, channels - inner), np.float32)
     inputs = np.empty((_REACH, high - low), np.float32)
     for b in range(projected.shape[0]):
@@ -417,15 +517,11 @@ def block_rows(
     trace: tuple[Singles, Singles, Singles, Singles, Floats],
     levels: Integers,
     level_scale: Singles,
-    conv_weight: Singles,
-    conv_bias: Singles,
-    dt_bias: Singles,
-    A_log: Singles,
-    D: Singles,
-    exponent: Singles,
+    conv: Singles,
+    per_head: Singles,
     gate_norm: Singles,
-    in_proj: Singles,
-    out_proj: Singles,
+    in_proj: Matrix,
+    out_proj: Matrix,
     norm: Singles,
     least_dt: float,
     most_dt: float,
@@ -446,14 +542,14 @@ def block_rows(
     count = rows.shape[0]
     heads, headdim = ssm_state.shape[1:3]
     inner = heads * headdim
-    channels = conv_weight.shape[0]
+    channels = conv.shape[1]
+    dt_bias, A_log, D, exponent = per_head[0], per_head[1], per_head[2], per_head[3]
     d_state = (channels - inner) // 2
-    by_tap = conv_weight.T.copy()
     projected = project_rows(norm_rows(hidden, norm, eps), in_proj)
     gated = np.empty((count, inner), np.float32)
     mixed = np.empty(channels, np.float32)
     for i in range(count):
-        _slide(mixed, conv_state[rows[i]], projected[i, inner : inner + channels], by_tap, conv_bias)
+        _slide(mixed, conv_state[rows[i]], projected[i, inner : inner + channels], conv[:-1], conv[-1])
         _scale_keys(mixed, inner, d_state, columns[i], levels, level_scale)
         key, query, change = mixed[inner : inner + d_state], mixed[inner + d_state :], 0.0
         for h in range(heads):
@@ -478,13 +574,11 @@ def propagate_rows(
     rows: Integers,
     codes: Singles,
     columns: Integers,
-    weight: Singles,
+    weight: Matrix,
     levels: Integers,
     level_scale: Singles,
-    conv_weight: Singles,
-    conv_bias: Singles,
-    dt_bias: Singles,
-    A_log: Singles,
+    conv: Singles,
+    per_head: Singles,
     least_dt: float,
     most_dt: float,
     conv_state: Singles,
@@ -497,14 +591,14 @@ def propagate_rows(
     """
     heads, headdim = ssm_state.shape[1:3]
     inner = heads * headdim
-    channels = conv_weight.shape[0]
+    channels = conv.shape[1]
+    dt_bias, A_log = per_head[0], per_head[1]
     d_state = (channels - inner) // 2
-    by_tap = conv_weight.T.copy()
     read = project_rows(codes, weight)
     mixed = np.empty(channels, np.float32)
     for i in range(rows.shape[0]):
         window, new = conv_state[rows[i]], read[i, :channels]
-        _slide(mixed, window, new, by_tap, conv_bias)
+        _slide(mixed, window, new, conv[:-1], conv[-1])
         _scale_keys(mixed, inner, d_state, columns[i], levels, level_scale)
         mixed[inner + min(columns[i], levels[0]) : inner + d_state] = 0.0
         for h in range(heads):
@@ -548,14 +642,14 @@ def decode_rows(
     columns: Integers,
     trunk_layers: int,
     blocks: tuple[Any, ...],
-    propagations: tuple[Singles, ...],
-    code: Singles,
-    down: Singles,
-    up: Singles,
+    propagations: tuple[Matrix, ...],
+    code: Matrix,
+    down: Matrix,
+    up: Matrix,
     raw_fading: Singles,
     final_norm: Singles,
     eps: float,
-    head: Singles,
+    head: Matrix,
     held: Singles,
     last_fire: Integers,
     fires: Integers,
@@ -574,7 +668,7 @@ def decode_rows(
     """
     no_trace = np.empty((0, 0), np.float32), np.empty((0, 0), np.float32)
     trace = (*no_trace, *no_trace, np.empty(0))
-    index, propagates = np.flatnonzero(fired), code.shape[0] > 0
+    index, propagates = np.flatnonzero(fired), code[0].shape[0] > 0
     between = np.flatnonzero((rates > 0.0) & ~fired)
     if propagates and len(between):
         skipped = np.empty((len(between), hidden.shape[1]), np.float32)
@@ -582,10 +676,9 @@ def decode_rows(
             skipped[i] = hidden[row]
         codes = project_rows(norm_rows(skipped, np.ones(hidden.shape[1], np.float32), eps), code)
         for i in range(trunk_layers):
-            levels, scale, conv_weight, conv_bias, dt_bias, A_log = blocks[i][:6]
             propagate_rows(
-                rows[between], codes, columns[between], propagations[i], levels, scale, conv_weight, conv_bias,
-                dt_bias, A_log, *blocks[i][12:14], *blocks[i][16:],
+                rows[between], codes, columns[between], propagations[i], *blocks[i][:4], *blocks[i][8:10],
+                *blocks[i][12:],
             )  # fmt: skip
     if len(index):
         stretch = np.empty(len(index), np.float32)
@@ -593,11 +686,11 @@ def decode_rows(
         for i, row in enumerate(index):
             stretch[i] = 0.0 if propagates else math.log(positions[row] + 1 - last_fire[row])
             selected[i] = hidden[row]
-        entered = project_rows(selected, down) if down.shape[0] else selected
+        entered = project_rows(selected, down) if down[0].shape[0] else selected
         left = entered.copy()
         for i in range(trunk_layers):
             block_rows(rows[index], left, stretch, columns[index], False, trace, *blocks[i])
-        update = project_rows(left - entered, up) if up.shape[0] else left - entered
+        update = project_rows(left - entered, up) if up[0].shape[0] else left - entered
         for i, row in enumerate(index):
             held[row] = update[i]
     output = hold_rows(fired, rates, hidden, raw_fading, held, last_fire, fires, quota, positions)

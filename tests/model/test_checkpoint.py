@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from model.checkpoint import EMBEDDED_CHECKPOINT, CheckpointError, load_checkpoint, read_config, save_checkpoint
 from model.config import ModelConfig
+from model.convert import round_matrices
 from tests.model.shapes import SMALL, random_model
 
 
@@ -30,6 +32,21 @@ def test_a_checkpoint_comes_back_bit_for_bit(folder: Path) -> None:
     assert all(torch.equal(value, loaded[name]) for name, value in saved.items())
     assert read_config(folder).provenance == {"steps": 3}
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_matrices_that_bf16_has_take_half_the_room_and_come_back_bit_for_bit(tmp_path: Path) -> None:
+    model = random_model()
+    save_checkpoint(model, tmp_path / "fp32")
+    round_matrices(model)
+    save_checkpoint(model, tmp_path / "bf16")
+    stored = load_file(tmp_path / "bf16" / "model.safetensors")
+    assert stored["trunk.0.mixer.in_proj.weight"].dtype == torch.bfloat16
+    assert stored["trunk.0.mixer.A_log"].dtype == torch.float32
+    loaded = load_checkpoint(tmp_path / "bf16").state_dict()
+    assert all(value.dtype == loaded[name].dtype for name, value in model.state_dict().items())
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+    sizes = [(tmp_path / kind / "model.safetensors").stat().st_size for kind in ("bf16", "fp32")]
+    assert sizes[0] < 0.65 * sizes[1]
 
 
 def test_whoever_may_read_the_config_may_read_the_weights(folder: Path) -> None:

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers.models.mamba2.configuration_mamba2 import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2ForCausalLM
 
-from model.checkpoint import load_checkpoint
-from model.convert import convert
+from model.checkpoint import load_checkpoint, read_config
+from model.convert import convert, round_matrices
 from service.cli import main
 from tests.service.servers import serving
 
@@ -79,6 +79,30 @@ def test_shards_are_taken(tmp_path: Path) -> None:
     tokens = torch.randint(0, 257, (1, 30))
     ours = load_checkpoint(tmp_path / "ours")(tokens)
     torch.testing.assert_close(ours, source(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_matrices_are_rounded_on_the_way_or_afterwards(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source")
+    assert main(["convert", str(tmp_path / "source"), str(tmp_path / "at-once"), "--bf16"]) == 0
+    assert main(["convert", str(tmp_path / "source"), str(tmp_path / "exact"), "--name", "at-once"]) == 0
+    assert main(["convert", str(tmp_path / "exact"), str(tmp_path / "later"), "--bf16"]) == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("at-once", "later", "exact")]
+    assert weights[0] == weights[1]
+    assert len(weights[0]) < 0.7 * len(weights[2])
+    assert read_config(tmp_path / "later") == read_config(tmp_path / "exact")
+    round_matrices(source)
+    tokens = torch.randint(0, 257, (1, 30))
+    ours = load_checkpoint(tmp_path / "later")(tokens)
+    torch.testing.assert_close(ours, source(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_a_checkpoint_is_not_converted_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_source(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "ours")
+    for options in ([], ["--bf16", "--name", "other"]):
+        assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "none"), *options]) == 2
+        assert "is a checkpoint already; all that it can be given is --bf16" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from model.state import ModelState
@@ -35,3 +37,13 @@ def test_rows_join_in_order() -> None:
 
 def test_bytes_are_those_of_every_row() -> None:
     assert filled(6).nbytes == 6 * filled(1).nbytes
+
+
+def test_arrays_show_the_tensors_of_their_own_state() -> None:
+    block = filled(2).trunk[0]
+    block.arrays()[1][0] = 7.0
+    assert (block.ssm_state[0] == 7.0).all()
+    other = copy.deepcopy(block)
+    other.arrays()[1][0] = 8.0
+    assert (other.ssm_state[0] == 8.0).all()
+    assert (block.arrays()[1][0] == 7.0).all()

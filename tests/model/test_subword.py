@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
 from model.checkpoint import CheckpointError, load_checkpoint, load_tokenizer, read_config, save_checkpoint
-from model.convert import convert
+from model.convert import convert, round_checkpoint
 from model.subword import SubwordError, SubwordTokenizer
 from model.tokenizer import ByteTokenizer
 from service.cli import main
@@ -203,3 +203,12 @@ def test_a_checkpoint_without_one_reads_bytes(tmp_path: Path) -> None:
     write_source(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "ours")
     assert isinstance(load_tokenizer(tmp_path / "ours"), ByteTokenizer)
+
+
+def test_a_rounded_checkpoint_keeps_its_tokenizer(tmp_path: Path) -> None:
+    write_subword_source(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "exact")
+    round_checkpoint(tmp_path / "exact", tmp_path / "rounded")
+    tokens = load_tokenizer(tmp_path / "exact").tokens("The parser")
+    assert load_tokenizer(tmp_path / "rounded").tokens("The parser") == tokens
+    assert read_config(tmp_path / "rounded") == read_config(tmp_path / "exact")
