@@ -361,6 +361,8 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
 def run_convert(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     chosen: dict[str, Any] = {key: getattr(arguments, key) for key in ("name", "encoder_layers", "decoder_layers")}
+    if arguments.output.resolve() == arguments.source.resolve():
+        raise CheckpointError(f"{arguments.output} is the source: the checkpoint needs a folder of its own")
     if _is_checkpoint(arguments.source):
         if not arguments.bf16 or any(value is not None for value in chosen.values()):
             raise CheckpointError(f"{arguments.source} is a checkpoint already; all that it can be given is --bf16")

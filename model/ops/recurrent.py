@@ -23,10 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.ops.tiling import Booleans, Floats, Integers
+from model.ops.words import Matrix
 
 Singles = NDArray[np.float32]
-Matrix = tuple[NDArray[np.float32], NDArray[np.uint16]]
-"""Of [V, D] as :func:`~model.ops.words.readable` gives it."""
 
 # Sums may be reordered into vector registers; infinities and NaN keep their meaning.
 _VECTORS = {"reassoc", "contract", "nsz"}

@@ -7,14 +7,13 @@ that every other path computes with.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-Matrix = tuple[Any, Any]
-"""Numbers in fp32 [V, D], and words."""
+Matrix = tuple[NDArray[np.float32], NDArray[np.uint16]]
+"""As :func:`readable` gives it."""
 
 _NO_WORDS = np.empty((0, 0), np.uint16)
 NO_MATRIX: Matrix = np.empty((0, 0), np.float32), _NO_WORDS

@@ -103,6 +103,8 @@ def test_a_checkpoint_is_not_converted_again(tmp_path: Path, capsys: pytest.Capt
         assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "none"), *options]) == 2
         assert "is a checkpoint already; all that it can be given is --bf16" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "none" / ".." / "ours"), "--bf16"]) == 2
+    assert "the checkpoint needs a folder of its own" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
