@@ -29,6 +29,8 @@ STANDARDISED = len(FEATURES) - 1
 
 _TINY = 1e-20
 _TINIEST = 1e-30
+_NO_WINDOW: tuple[Any, ...] = (*(np.empty((0, 0, 0), np.float32) for _ in range(3)), np.empty((0, 0), np.float32))
+"""What stands for keys, weights, decays and mass where nothing is measured."""
 
 
 class InformationDensityAnalyzer(Viewed[tuple[Any, ...]]):
@@ -186,8 +188,11 @@ class InformationDensityAnalyzer(Viewed[tuple[Any, ...]]):
                 is read where nothing is measured.
             state: of the whole batch, its ``rows`` advanced in place.
         """
-        arrays = (*(value.numpy() for value in state.tensors()), *self.views())
-        density: Floats = density_rows(*[rows, hidden, exit_logits, *trace, *arrays, self.norm_eps, self.window_size])
+        window = _NO_WINDOW
+        if self.measured:
+            window = tuple(one.numpy() for one in (state.keys, state.weights, state.log_decay, state.mass))
+        arrays = (*trace, *window, state.seen.numpy(), state.level.numpy(), *self.views())
+        density: Floats = density_rows(*[rows, hidden, exit_logits, *arrays, self.norm_eps, self.window_size])
         return density
 
     def _make_views(self) -> tuple[Any, ...]:

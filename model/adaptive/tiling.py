@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,14 +33,11 @@ from model.ops.tiling import (
     staleness_table,
     tiling_loss,
 )
+from model.ops.views import Viewed
 from model.state import RouterState
 
 RATES = tuple(2.0 ** (-k / 2.0) for k in range(14, -1, -1))
 """Fire rates at which thresholds and prices are calibrated, 1/128 to 1."""
-
-
-_kept_table = lru_cache(maxsize=16)(staleness_table)
-"""For steps, of which each would make the same one; nobody may write into it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +63,7 @@ class Pace:
     quota: float
 
 
-class TileManager(nn.Module):
+class TileManager(Viewed[tuple[Any, float, Floats]]):
     """Chooses tiles by exact dynamic programming over blocks, or causally byte by byte.
 
     Holds what both need: the staleness constant tau (fitted in training) and, per fire rate, the calibrated threshold
@@ -222,13 +219,16 @@ class TileManager(nn.Module):
         Args:
             density: [n] bits. rates: [B]. router: of the whole batch, not changed.
         """
-        table = _kept_table(self.tau, self.max_tile_size)
+        log_thresholds, spread, table = self.views()
         counts = (router.last_fire.numpy(), router.fires.numpy(), router.quota.numpy(), router.positions.numpy())
         fired: Booleans = fire_rows(
-            rows, density, rates, self.log_thresholds.numpy(), RATES[0], self.spread, self.inertia, table,
+            rows, density, rates, log_thresholds, RATES[0], spread, self.inertia, table,
             *counts, self.min_tile_size, self.max_tile_size,
         )  # fmt: skip
         return fired
+
+    def _make_views(self) -> tuple[Any, float, Floats]:
+        return self.log_thresholds.numpy(), self.spread, staleness_table(self.tau, self.max_tile_size)
 
     def online(self, density: Floats, rate: float, pace: Pace, log_threshold: float | None = None) -> Bytes:
         """Fires [L] of the causal rule from ``pace`` on; the calibrated threshold unless one is given."""

@@ -206,7 +206,8 @@ class Engine:
                 if sequence in batch.prefill:
                     self.runner.resume(sequence)
                     self._metrics.cached_tokens.inc(sequence.inherited)
-        self._update_gauges()
+        if batch.prefill or batch.fork or batch.resize:
+            self._update_gauges()
 
     def _run(self, batch: Batch) -> Ran:
         """Run the model. Where it fails, only those fail that it worked on."""
@@ -278,6 +279,8 @@ class Engine:
         outcomes = [outcome for _, outcome in ran if outcome is not None]
         for phase in Phase:
             some = [outcome for outcome in outcomes if outcome.phase is phase]
+            if not some:
+                continue
             metrics.spent((outcome.flops for outcome in some), sum(outcome.full_flops for outcome in some), phase.value)
         metrics.prompt_tokens.inc(sum(o.positions for o in outcomes if o.phase is Phase.PREFILL))
         metrics.generation_tokens.inc(sum(outcome.token is not None for outcome in outcomes))

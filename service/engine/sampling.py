@@ -1,11 +1,19 @@
-"""Choosing tokens from logits, each row by its own parameters and its own random numbers; and scoring them."""
+"""Choosing tokens from logits, each row by its own parameters and its own random numbers; and scoring them.
+
+Draws are made by numpy: of a vocabulary of bytes, a call of torch takes longer than the work.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from service.engine.sequence import Sequence, TokenScore
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 
 
 def sample(logits: Tensor, sequences: list[Sequence]) -> list[int]:
@@ -17,8 +25,8 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[int]:
     number from the sequence's own generator, so that the draw depends on nothing but the seed and the logits.
     """
     logits = _penalise(logits, sequences)
-    tokens: list[int] = logits.argmax(-1).tolist()
     drawing = [row for row, sequence in enumerate(sequences) if sequence.params.temperature > 0.0]
+    tokens: list[int] = [0] * len(sequences) if len(drawing) == len(sequences) else logits.argmax(-1).tolist()
     cut = [row for row in drawing if sequences[row].params.cut]
     whole = [row for row in drawing if not sequences[row].params.cut]
     for rows, draw in ((whole, _draw), (cut, _draw_cut)):
@@ -29,25 +37,27 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[int]:
     return tokens
 
 
-def _probabilities(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    """[B, V] float64, at each row's temperature."""
-    # The maximum is taken off first: a tiny temperature must not overflow.
-    scores = logits.double().cpu()
-    temperature = _column([sequence.params.temperature for sequence in sequences])
-    return ((scores - scores.amax(-1, keepdim=True)) / temperature).softmax(-1)
+def _probabilities(logits: Tensor, sequences: list[Sequence]) -> Floats:
+    """[B, V] at each row's temperature."""
+    scores: Floats = logits.double().cpu().numpy()
+    # The maximum is taken off first: a tiny temperature must not overflow into a sum.
+    with np.errstate(over="ignore"):
+        scores = (scores - scores.max(-1, keepdims=True)) / _column([s.params.temperature for s in sequences])
+    probability: Floats = np.exp(scores)
+    probability /= probability.sum(-1, keepdims=True)
+    return probability
 
 
-def _invert(probability: Tensor, sequences: list[Sequence]) -> Tensor:
-    """Positions [B, 1] drawn from probabilities [B, V], which need not add up to 1."""
+def _invert(probability: Floats, sequences: list[Sequence]) -> Integers:
+    """Positions [B] drawn from probabilities [B, V], which need not add up to 1."""
     total = probability.cumsum(-1)
-    uniform = _column([sequence.random.random() for sequence in sequences])
-    return torch.searchsorted(total, uniform * total[:, -1:], right=True)
+    drawn: Integers = (total <= _column([s.random.random() for s in sequences]) * total[:, -1:]).sum(-1)
+    return drawn
 
 
 def _draw(logits: Tensor, sequences: list[Sequence]) -> list[int]:
     """A token per row from all there are; without a sort, which would take most of the time."""
-    drawn = _invert(_probabilities(logits, sequences), sequences)
-    tokens: list[int] = drawn.clamp_max(logits.shape[-1] - 1).squeeze(-1).tolist()
+    tokens: list[int] = _invert(_probabilities(logits, sequences), sequences).clip(max=logits.shape[-1] - 1).tolist()
     return tokens
 
 
@@ -55,16 +65,16 @@ def _draw_cut(logits: Tensor, sequences: list[Sequence]) -> list[int]:
     """A token per row from the most probable ones that its parameters keep."""
     chosen = [sequence.params for sequence in sequences]
     top_k = _column([params.top_k or logits.shape[-1] for params in chosen])
-    ordered, index = _probabilities(logits, sequences).sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(ordered.shape[-1])
+    probability = _probabilities(logits, sequences)
+    index, rows = np.argsort(-probability, axis=-1, kind="stable"), np.arange(len(chosen))
+    ordered = probability[rows[:, None], index]
     enough = ordered >= _column([params.min_p for params in chosen]) * ordered[:, :1]
-    ordered = torch.where((rank < top_k) & enough, ordered, 0.0)
-    before = ordered.cumsum(-1) - ordered
-    reached = _column([params.top_p for params in chosen]) * ordered.sum(-1, keepdim=True)
-    kept = torch.where(before < reached, ordered, 0.0)
+    ordered *= enough & (np.arange(ordered.shape[-1]) < top_k)
+    total = ordered.cumsum(-1)
+    kept = ordered * (total - ordered < _column([params.top_p for params in chosen]) * total[:, -1:])
     # Rounding must not reach past the last kept token.
-    drawn = _invert(kept, sequences).minimum((kept > 0).sum(-1, keepdim=True) - 1)
-    tokens: list[int] = index.gather(-1, drawn).squeeze(-1).tolist()
+    drawn = np.minimum(_invert(kept, sequences), (kept > 0).sum(-1) - 1)
+    tokens: list[int] = index[rows, drawn].tolist()
     return tokens
 
 
@@ -103,5 +113,5 @@ def _penalise(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     return logits
 
 
-def _column(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64).unsqueeze(-1)
+def _column(values: list[float]) -> Floats:
+    return np.array(values, np.float64)[:, None]

@@ -36,8 +36,10 @@ class Arena:
     def __init__(self, model: AdaptiveAttentionSystem, columns: int) -> None:
         self._model = model
         self._columns = columns
-        self._buffer = self._allocate(_SMALLEST)
         self._capacity = _SMALLEST
+        self._buffer = self._allocate(_SMALLEST)
+        self.nbytes = self._buffer.nbytes
+        """Bytes of the buffer."""
         self._parts: list[Part] = []
         self.slots: list[int] = []
         """The slot of each row."""
@@ -47,11 +49,6 @@ class Arena:
         """Columns that each row runs at."""
         found: list[int] = self._buffer.columns[: len(self.slots)].tolist()
         return found
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffer."""
-        return self._buffer.nbytes
 
     def parts(self, slots: Collection[int], most: int) -> list[Part]:
         """Those of ``slots`` that are here, in up to ``most`` parts of about equal size.
@@ -106,7 +103,7 @@ class Arena:
     def _reallocate(self, capacity: int) -> None:
         grown = self._allocate(capacity)
         grown.part(0, len(self.slots)).copy_(self._buffer.part(0, len(self.slots)))
-        self._buffer, self._capacity = grown, capacity
+        self._buffer, self._capacity, self.nbytes = grown, capacity, grown.nbytes
 
 
 @dataclass(frozen=True, slots=True)
