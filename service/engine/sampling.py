@@ -1,19 +1,13 @@
-"""Choosing tokens from logits, each row by its own parameters and its own random numbers; and scoring them.
-
-Draws are made by numpy: of a vocabulary of bytes, a call of torch takes longer than the work.
-"""
+"""Choosing tokens from logits, each row by its own parameters and its own random numbers; and scoring them."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from service.engine.sequence import Sequence, TokenScore
-
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
+from model.ops.draw import draw_rows
+from service.engine.sequence import SamplingParams, Sequence, TokenScore
 
 
 def sample(logits: Tensor, sequences: list[Sequence]) -> list[int]:
@@ -26,55 +20,37 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[int]:
     """
     logits = _penalise(logits, sequences)
     drawing = [row for row, sequence in enumerate(sequences) if sequence.params.temperature > 0.0]
-    tokens: list[int] = [0] * len(sequences) if len(drawing) == len(sequences) else logits.argmax(-1).tolist()
-    cut = [row for row in drawing if sequences[row].params.cut]
-    whole = [row for row in drawing if not sequences[row].params.cut]
-    for rows, draw in ((whole, _draw), (cut, _draw_cut)):
-        if rows:
-            drawn = draw(logits[rows], [sequences[row] for row in rows])
-            for row, token in zip(rows, drawn, strict=True):
-                tokens[row] = token
+    if not drawing:
+        return logits.argmax(-1).tolist()
+    drawn = _draw(
+        logits if len(drawing) == len(sequences) else logits[drawing],
+        [sequences[row].params for row in drawing],
+        [sequences[row].random.random() for row in drawing],
+    )
+    if len(drawing) == len(sequences):
+        return drawn
+    tokens: list[int] = logits.argmax(-1).tolist()
+    for row, token in zip(drawing, drawn, strict=True):
+        tokens[row] = token
     return tokens
 
 
-def _probabilities(logits: Tensor, sequences: list[Sequence]) -> Floats:
-    """[B, V] at each row's temperature."""
-    scores: Floats = logits.double().cpu().numpy()
-    # The maximum is taken off first: a tiny temperature must not overflow into a sum.
-    with np.errstate(over="ignore"):
-        scores = (scores - scores.max(-1, keepdims=True)) / _column([s.params.temperature for s in sequences])
-    probability: Floats = np.exp(scores)
-    probability /= probability.sum(-1, keepdims=True)
-    return probability
+def warm_up() -> None:
+    """Draw once, so that compiling does not fall on a request."""
+    _draw(torch.zeros(1, 2), [SamplingParams()], [0.0])
 
 
-def _invert(probability: Floats, sequences: list[Sequence]) -> Integers:
-    """Positions [B] drawn from probabilities [B, V], which need not add up to 1."""
-    total = probability.cumsum(-1)
-    drawn: Integers = (total <= _column([s.random.random() for s in sequences]) * total[:, -1:]).sum(-1)
-    return drawn
-
-
-def _draw(logits: Tensor, sequences: list[Sequence]) -> list[int]:
-    """A token per row from all there are; without a sort, which would take most of the time."""
-    tokens: list[int] = _invert(_probabilities(logits, sequences), sequences).clip(max=logits.shape[-1] - 1).tolist()
-    return tokens
-
-
-def _draw_cut(logits: Tensor, sequences: list[Sequence]) -> list[int]:
-    """A token per row from the most probable ones that its parameters keep."""
-    chosen = [sequence.params for sequence in sequences]
-    top_k = _column([params.top_k or logits.shape[-1] for params in chosen])
-    probability = _probabilities(logits, sequences)
-    index, rows = np.argsort(-probability, axis=-1, kind="stable"), np.arange(len(chosen))
-    ordered = probability[rows[:, None], index]
-    enough = ordered >= _column([params.min_p for params in chosen]) * ordered[:, :1]
-    ordered *= enough & (np.arange(ordered.shape[-1]) < top_k)
-    total = ordered.cumsum(-1)
-    kept = ordered * (total - ordered < _column([params.top_p for params in chosen]) * total[:, -1:])
-    # Rounding must not reach past the last kept token.
-    drawn = np.minimum(_invert(kept, sequences), (kept > 0).sum(-1) - 1)
-    tokens: list[int] = index[rows, drawn].tolist()
+def _draw(logits: Tensor, params: list[SamplingParams], uniform: list[float]) -> list[int]:
+    """A token per row of logits [B, V], each by its parameters and its number in [0, 1)."""
+    size = logits.shape[-1]
+    tokens: list[int] = draw_rows(
+        logits.float().cpu().contiguous().numpy(),
+        np.array([one.temperature for one in params], np.float64),
+        np.array([one.top_k if one.top_k > 0 else size for one in params], np.int64),
+        np.array([one.min_p for one in params], np.float64),
+        np.array([one.top_p for one in params], np.float64),
+        np.array(uniform, np.float64),
+    ).tolist()
     return tokens
 
 
@@ -111,7 +87,3 @@ def _penalise(logits: Tensor, sequences: list[Sequence]) -> Tensor:
             counts = torch.tensor([*sequences[row].counts.values()], dtype=logits.dtype, device=logits.device)
             logits[row, index] -= params.presence_penalty + params.frequency_penalty * counts
     return logits
-
-
-def _column(values: list[float]) -> Floats:
-    return np.array(values, np.float64)[:, None]

@@ -70,11 +70,6 @@ class SamplingParams:
         return self if self.seed is None else replace(self, seed=self.seed + index)
 
     @property
-    def cut(self) -> bool:
-        """Whether only the most probable tokens may be drawn."""
-        return self.top_k > 0 or self.min_p > 0.0 or self.top_p < 1.0
-
-    @property
     def penalised(self) -> bool:
         """Whether what was said before changes the logits."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from random import Random
 
 import pytest
 import torch
@@ -78,6 +79,39 @@ def test_top_p_is_a_share_of_what_top_k_left() -> None:
     rows = LOGITS.repeat(400, 1)  # of tokens 1 and 3 each has half
     assert set(sample(rows, [sequence(top_k=2, top_p=0.49, seed=n) for n in range(400)])) == {1}
     assert set(sample(rows, [sequence(top_k=2, top_p=0.51, seed=n) for n in range(400)])) == {1, 3}
+
+
+def draw_slowly(logits: list[float], params: SamplingParams, uniform: float) -> int:
+    """One filter after the other, as the documentation says it."""
+    weights = {token: math.exp((value - max(logits)) / params.temperature) for token, value in enumerate(logits)}
+    ranked = sorted(weights, key=lambda token: (-weights[token], token))
+    left = ranked[: params.top_k] if params.top_k > 0 else ranked
+    left = [token for token in left if weights[token] >= params.min_p * weights[ranked[0]]]
+    if params.top_p < 1.0:
+        sums = [sum(weights[token] for token in left[:count]) for count in range(len(left) + 1)]
+        left = left[: next(count for count, total in enumerate(sums) if total >= params.top_p * sums[-1])]
+    if len(left) == len(logits) and params.min_p == 0.0 and params.top_p == 1.0:
+        left = sorted(left)  # nothing is ranked where nothing is cut
+    wanted = uniform * sum(weights[token] for token in left)
+    sums = [sum(weights[token] for token in left[: count + 1]) for count in range(len(left))]
+    return next(token for token, total in zip(left, sums, strict=True) if total > wanted)
+
+
+def test_draws_are_those_of_one_filter_after_the_other() -> None:
+    random = Random(0)
+    for _ in range(300):
+        size = random.randint(1, 40)
+        logits = [random.choice([-4.0, 0.0, 1.0, random.gauss(0, 3)]) for _ in range(size)]
+        params = {
+            "temperature": random.choice([0.3, 1.0, 1.7]),
+            "top_k": random.choice([0, 0, -1, 1, 5, 100]),
+            "min_p": random.choice([0.0, 0.0, 0.05, 0.5]),
+            "top_p": random.choice([1.0, 1.0, 0.3, 0.9]),
+        }
+        seed = random.randrange(1000)
+        rows = torch.tensor([logits], dtype=torch.float64).float()
+        expected = draw_slowly(rows[0].tolist(), SamplingParams(**params), sequence(seed=seed).random.random())
+        assert sample(rows, [sequence(seed=seed, **params)]) == [expected]
 
 
 def said(**params: object) -> Sequence:
