@@ -74,12 +74,12 @@ class Identity:
 class Generation:
     """The choices of one request while the engine works on them."""
 
-    def __init__(self, context: Context, sequences: list[Sequence]) -> None:
+    def __init__(self, context: Context, sequences: list[Sequence], *, stream: bool) -> None:
         """Hand the sequences to the engine. Raises as :func:`service.api.requests.admit`."""
         self._context = context
         self._sequences = sequences
         self._index = {sequence: index for index, sequence in enumerate(sequences)}
-        self._outputs = admit(context, sequences)
+        self._outputs = admit(context, sequences, whole=not stream)
 
     async def respond(self, request: Request, body: GenerationRequest, shape: Shape) -> Response:
         """The answer; a stream goes on after this returns.

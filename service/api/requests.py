@@ -194,14 +194,16 @@ def check_length(context: Context, param: str, tokens: list[int], most: int | No
         raise ApiError(400, message, param=param, code="context_length_exceeded")
 
 
-def admit(context: Context, sequences: Collection[Sequence]) -> OutputStream:
+def admit(context: Context, sequences: Collection[Sequence], *, whole: bool) -> OutputStream:
     """Hand the sequences of one request to the engine, all or none, and put them on its bill.
+
+    ``whole``: nobody reads of a sequence before it has ended.
 
     Raises:
         ApiError: 429 if the queue is full, 503 if the server is stopping.
     """
     try:
-        outputs = context.engine.open(sequences)
+        outputs = context.engine.open(sequences, whole=whole)
     except EngineBusyError as busy:
         context.metrics.rejected["queue_full"].inc()
         message = "the server's queue is full; try again later"

@@ -54,7 +54,7 @@ async def create_tilings(request: Request, body: TilingsRequest, context: Contex
         tokenizer=context.tokenizer,
         plans=tuple(TilingPlan(rate, causal) for rate in rates),
     )
-    outputs = admit(context, [sequence])
+    outputs = admit(context, [sequence], whole=True)
     return await respond_whole(request, analyse(context, body, grants, sequence, outputs), outputs.close)
 
 

@@ -61,6 +61,8 @@ class Receiver:
     """Called for each, the last one with ``finish``."""
     flush: Flush
     """Called after the outputs of a step."""
+    whole: bool = False
+    """Nobody reads before the sequence has ended, so that ``flush`` is not called before."""
 
 
 class EngineThread:
@@ -150,14 +152,17 @@ class EngineThread:
         if sequence in self._open:
             self._inbox.put(lambda: self._publish([self._engine.end(sequence, FinishReason.ABORT)]))
 
-    def open(self, sequences: Collection[Sequence]) -> OutputStream:
-        """Submit sequences from an event loop; their outputs. Raises as :meth:`submit`."""
+    def open(self, sequences: Collection[Sequence], *, whole: bool = False) -> OutputStream:
+        """Submit sequences from an event loop; their outputs. Raises as :meth:`submit`.
+
+        ``whole``: those of a sequence may come together when it has ended: waking the loop takes longer than a step.
+        """
         loop = asyncio.get_running_loop()
         with self._lock:
             if self._mailbox is None or self._mailbox.loop is not loop:
                 self._mailbox = Mailbox(loop)
             mailbox = self._mailbox
-        return OutputStream(self, mailbox, sequences)
+        return OutputStream(self, mailbox, sequences, whole=whole)
 
     def check_integrity(self) -> None:
         """Assert that nothing is left of requests that ended; for a moment at which none is open."""
@@ -203,7 +208,8 @@ class EngineThread:
                 receiver = self._open.pop(output.sequence, None) if ended else self._open.get(output.sequence)
             if receiver is not None:
                 receiver.deliver(output)
-                touched[receiver.flush] = None
+                if ended or not receiver.whole:
+                    touched[receiver.flush] = None
         for flush in touched:
             try:
                 flush()
@@ -239,7 +245,7 @@ class EngineThread:
 
 
 class Mailbox:
-    """Takes outputs from the engine's thread to one event loop, which is woken once per step and not per output."""
+    """Takes outputs from the engine's thread to one event loop, which is woken once per step at most."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -270,13 +276,13 @@ class Mailbox:
 class OutputStream:
     """Iterates over the outputs of sequences in the event loop that made it; :meth:`close` it in any case."""
 
-    def __init__(self, engine: EngineThread, mailbox: Mailbox, sequences: Collection[Sequence]) -> None:
+    def __init__(self, engine: EngineThread, mailbox: Mailbox, sequences: Collection[Sequence], *, whole: bool) -> None:
         self.sequences = sequences
         self._engine = engine
         self._outputs: asyncio.Queue[Output] = asyncio.Queue()  # bounded by max_tokens
         self.on_end: Callable[[], None] | None = None
         """Called in the event loop when every sequence has ended, whether or not anybody reads the outputs."""
-        engine.submit(sequences, Receiver(partial(mailbox.put, self._receive), mailbox.flush))
+        engine.submit(sequences, Receiver(partial(mailbox.put, self._receive), mailbox.flush, whole))
         self._unread = self._unfinished = len(sequences)
 
     def __aiter__(self) -> Self:

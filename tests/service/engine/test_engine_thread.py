@@ -75,6 +75,23 @@ def test_outputs_arrive_in_order_and_end_once(thread: EngineThread, runner: Gate
     assert "".join(output.text for output in receiver.outputs) == "aaaa"
 
 
+def test_whoever_reads_at_the_end_only_is_woken_once(thread: EngineThread, runner: GatedRunner) -> None:
+    receiver, woken = Collector(), threading.Event()
+    counts: list[int] = []
+
+    def flush() -> None:
+        counts.append(len(receiver.outputs))
+        woken.set()
+
+    thread.submit([make_sequence(max_tokens=4)], Receiver(receiver, flush, whole=True))
+    runner.gate.set()
+    assert woken.wait(10)
+    assert receiver.reason() is FinishReason.LENGTH
+    assert "".join(output.text for output in receiver.outputs) == "aaaa"
+    assert counts == [len(receiver.outputs)]
+    assert len(receiver.outputs) > 1
+
+
 def test_more_open_requests_than_allowed_are_refused_until_one_ends(thread: EngineThread, runner: GatedRunner) -> None:
     receivers = [Collector(), Collector()]
     for receiver in receivers:
