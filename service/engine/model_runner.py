@@ -18,8 +18,8 @@ from model.evaluation.tilings import TilingPlan, analyse_piece
 from model.lm import AdaptiveAttentionSystem
 from model.ops.parallel import set_loop_threads
 from model.state import ModelState
-from service.engine import sampling
 from service.engine.prefix_cache import PrefixCache, Snapshot, extend_key, first_key
+from service.engine.sampling import sample, score, warm_up_draws
 from service.engine.sequence import Outcome, Phase, Sequence, SharedPrompt, TokenScore
 from service.engine.state_pool import Part, StatePool
 from service.engine.workers import make_workers
@@ -86,7 +86,7 @@ class ModelRunner:
         tokens = torch.zeros(1, self._model.config.block_size, dtype=torch.int64, device=self._model.device)
         self._model.prefill(tokens, state, 0.5)
         self._model.step(tokens[:, 0], state, torch.tensor([0.5], dtype=torch.float64, device=self._model.device))
-        sampling.warm_up()
+        warm_up_draws()
 
     def resume(self, sequence: Sequence) -> None:
         """Before a prompt is read: start behind as many of its blocks as were read before for the same client."""
@@ -194,14 +194,14 @@ class ModelRunner:
         """
         if not bool(logits.isfinite().all()):
             raise FloatingPointError("the model's logits are not finite")
-        return sampling.sample(logits, sequences)
+        return sample(logits, sequences)
 
     @staticmethod
     def _score(logits: Tensor | None, following: list[int], count: int | None) -> list[TokenScore]:
         """Scores of the tokens that follow the first positions of ``logits`` [L, V], if they are asked for."""
         if logits is None or count is None:
             return []
-        return sampling.score(logits[: len(following)], following, [count] * len(following))
+        return score(logits[: len(following)], following, [count] * len(following))
 
     def _analyse(self, tokens: Tensor, state: ModelState, plans: tuple[TilingPlan, ...]) -> Outcome:
         """Encoder and density of a block, and its tiles under each plan."""
@@ -241,7 +241,7 @@ class ModelRunner:
         output = self._model.step(tokens, part.states, wanted, part.rows)
         sound = [math.isfinite(total) for total in output.logits.sum(-1).tolist()]  # one that is not shows in the sum
         logits = output.logits if all(sound) else output.logits.nan_to_num()
-        chosen = sampling.sample(logits, sequences)
+        chosen = sample(logits, sequences)
         scores = self._score_rows(logits, chosen, sequences)
         full_flops = self.cost.full_flops(1, 1)
         return [
@@ -266,7 +266,7 @@ class ModelRunner:
         if not wanted:
             return {}
         rows = [row for row, _ in wanted]
-        scored = sampling.score(logits[rows], [chosen[row] for row in rows], [count for _, count in wanted])
+        scored = score(logits[rows], [chosen[row] for row in rows], [count for _, count in wanted])
         return {row: [one] for row, one in zip(rows, scored, strict=True)}
 
     @torch.inference_mode()

@@ -35,7 +35,7 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[int]:
     return tokens
 
 
-def warm_up() -> None:
+def warm_up_draws() -> None:
     """Draw once, so that compiling does not fall on a request."""
     _draw(torch.zeros(1, 2), [SamplingParams()], [0.0])
 
