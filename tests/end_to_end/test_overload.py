@@ -14,12 +14,13 @@ import pytest
 from service.engine.model_runner import ModelRunner
 from tests.service.servers import Running, serving, tiny_model
 
-LONG = {"prompt": "x", "max_tokens": 10_000, "ignore_eos": True}
+LONG = {"prompt": "x", "max_tokens": 1_000_000, "ignore_eos": True}
+"""Longer than any test waits, on any machine."""
 
 
 @pytest.fixture
 def server() -> Iterator[Running]:
-    with serving(tiny_model(), max_running=1, max_waiting=1) as running:
+    with serving(tiny_model(), max_tokens=LONG["max_tokens"], max_running=1, max_waiting=1) as running:
         yield running
 
 
@@ -95,7 +96,7 @@ def test_a_failed_step_is_a_500_for_its_request_and_the_engine_lives(
 
 def test_a_server_that_stops_finishes_what_runs() -> None:
     answers: list[httpx.Response] = []
-    with serving(tiny_model()) as server:
+    with serving(tiny_model(), max_tokens=LONG["max_tokens"]) as server:
 
         def ask() -> None:
             body = {"prompt": "x", "max_tokens": 300, "ignore_eos": True}
@@ -112,7 +113,7 @@ def test_a_server_that_stops_finishes_what_runs() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_has_not_finished_when_a_server_stops_gets_an_error(stream: bool) -> None:
     answers: list[httpx.Response] = []
-    with serving(tiny_model(), shutdown_seconds=1) as server:
+    with serving(tiny_model(), max_tokens=LONG["max_tokens"], shutdown_seconds=1) as server:
 
         def ask() -> None:
             answers.append(httpx.post(f"{server.url}/v1/completions", json=LONG | {"stream": stream}, timeout=60))
@@ -132,7 +133,9 @@ def test_what_has_not_finished_when_a_server_stops_gets_an_error(stream: bool) -
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_waits_or_runs_for_too_long_gets_an_error(stream: bool) -> None:
-    with serving(tiny_model(), max_running=1, queue_seconds=0.3, request_seconds=1.0) as server:
+    with serving(
+        tiny_model(), max_tokens=LONG["max_tokens"], max_running=1, queue_seconds=0.3, request_seconds=1.0
+    ) as server:
         running = threading.Thread(target=lambda: codes.append(error_code(server, stream)))
         codes: list[str] = []
         running.start()
@@ -154,7 +157,7 @@ def error_code(server: Running, stream: bool) -> str:
 
 
 def test_ranges_are_lowered_while_others_wait_and_fixed_budgets_are_not() -> None:
-    with serving(tiny_model(), max_running=1, load_patience_seconds=0.05) as server:
+    with serving(tiny_model(), max_tokens=LONG["max_tokens"], max_running=1, load_patience_seconds=0.05) as server:
         running = begin(server)
         wait_for(server, "rheostat_num_requests_running", 1)
         computes: list[dict] = []
