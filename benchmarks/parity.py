@@ -5,7 +5,7 @@
 Without ``--speed``: a table of components, references, maximal errors and cases; the exit status is 1 if an error is
 over its bound. With ``--speed``: a plain Mamba-2 of six layers and width 256; both models hold the same weights, rounds
 alternate between them, and the ratios are medians over the rounds. A step is measured with the weights as drawn, in
-fp32, and rounded to what bf16 has, as most models are published; both models compute in fp32 with either.
+fp32, and rounded to what bf16 has, as many models are published; both models compute in fp32 with either.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Matrices for compiled decoding steps: in bf16 too, where that loses nothing.
 
-A step of one stream reads every weight once and computes little with it, so that it takes as long as reading does. Most
+A step of one stream reads every weight once and computes little with it, so that it takes as long as reading does. Many
 models are published in bf16; held so, their weights are half as much to read, and each is widened to the very number
 that every other path computes with.
 """
