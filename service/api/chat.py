@@ -60,7 +60,7 @@ async def create_chat_completion(
     prompt = await run_in_threadpool(context.tokenizer.encode, render(body.messages))
     sequences = build_sequences(context, key, body, prompt, x_compute_budget)
     shape = ChatShape(Identity.new("chatcmpl", context.model_name), context.tokenizer, logprobs=body.logprobs)
-    return await Generation(context, sequences, stream=body.stream).respond(request, body, shape)
+    return await Generation(context, sequences, body).respond(request, shape)
 
 
 def build_sequences(

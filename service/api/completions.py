@@ -49,7 +49,7 @@ async def create_completion(
     sequences = build_sequences(context, key, body, [tokens for tokens, _ in prompts], x_compute_budget)
     shown = [tokens[0] if sent and body.echo else None for tokens, sent in prompts]
     shape = CompletionShape(Identity.new("cmpl", context.model_name), body, context.tokenizer, shown)
-    return await Generation(context, sequences, stream=body.stream).respond(request, body, shape)
+    return await Generation(context, sequences, body).respond(request, shape)
 
 
 def build_sequences(

@@ -74,21 +74,22 @@ class Identity:
 class Generation:
     """The choices of one request while the engine works on them."""
 
-    def __init__(self, context: Context, sequences: list[Sequence], *, stream: bool) -> None:
+    def __init__(self, context: Context, sequences: list[Sequence], body: GenerationRequest) -> None:
         """Hand the sequences to the engine. Raises as :func:`service.api.requests.admit`."""
         self._context = context
         self._sequences = sequences
         self._index = {sequence: index for index, sequence in enumerate(sequences)}
-        self._outputs = admit(context, sequences, whole=not stream)
+        self._body = body
+        self._outputs = admit(context, sequences, whole=not body.stream)
 
-    async def respond(self, request: Request, body: GenerationRequest, shape: Shape) -> Response:
+    async def respond(self, request: Request, shape: Shape) -> Response:
         """The answer; a stream goes on after this returns.
 
         Raises:
             ApiError: the engine failed, or the server stopped.
         """
-        if body.stream:
-            events = self._events(shape, include_usage=body.include_usage)
+        if self._body.stream:
+            events = self._events(shape, include_usage=self._body.include_usage)
             return EventStreamResponse(events, on_close=self._outputs.close)
         return await respond_whole(request, self._whole(shape), self._outputs.close)
 
