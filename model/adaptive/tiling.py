@@ -104,6 +104,7 @@ class TileManager(Viewed[tuple[Any, float, Floats]]):
             torch.tensor(math.log(max(float(np.log(density).std()), 1e-6)), dtype=torch.float64).to(self.log_spread),
             momentum,
         )
+        self._views = None
 
     @property
     def restart_loss(self) -> float:

@@ -18,6 +18,7 @@ import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.core.errors import TypingError
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
@@ -81,6 +82,9 @@ def _make_products(rows: int, columns: int, *, packed: bool) -> Any:
     loop over sums depends on what stands around it: here a product is added up in the same order wherever it is
     computed, so that tiles of any size, and numbers in fp32 or in bf16, give the same bits. What is beyond a multiple
     of ``_LANES`` is left to the caller.
+
+    Raises:
+        TypingError: when it is compiled, for an array whose rows do not lie one after the other.
     """
     vector = ir.VectorType(ir.FloatType(), _LANES)
     halves, bits = (ir.VectorType(ir.IntType(size), _LANES) for size in (16, 32))
@@ -136,6 +140,8 @@ def _make_products(rows: int, columns: int, *, packed: bool) -> Any:
 
     @intrinsic
     def products(_typing: Any, x: Any, _i: Any, matrix: Any, _v: Any, y: Any) -> Any:
+        if any(array.layout != "C" for array in (x, matrix, y)):
+            raise TypingError("rows must lie one after the other")
         return types.void(x, types.intp, matrix, types.intp, y), generate
 
     return products

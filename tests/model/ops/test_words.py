@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from numba.core.errors import TypingError
 
 import model.ops.words
 from model.convert import round_matrices
@@ -30,6 +31,12 @@ def test_a_product_has_the_same_bits_among_any_others(width: int, outputs: int) 
             for start in range(9 - count + 1):
                 part = x[start : start + count].contiguous().numpy()
                 assert torch.equal(torch.from_numpy(project_rows(part, matrix)), together[start : start + count])
+
+
+def test_rows_that_do_not_lie_one_after_the_other_are_refused() -> None:
+    x = torch.randn(6, 8).numpy()[::2]
+    with pytest.raises(TypingError, match="one after the other"):
+        project_rows(x, readable(torch.randn(4, 8), frozen=True))
 
 
 def test_numbers_that_bf16_lacks_are_not_packed() -> None:
