@@ -147,8 +147,42 @@ def _make_products(rows: int, columns: int, *, packed: bool) -> Any:
     return products
 
 
-_four_by_two, _one_by_four, _one_by_one = (_make_products(*size, packed=False) for size in ((4, 2), (1, 4), (1, 1)))
-_packed_by_four, _packed_by_one = (_make_products(1, columns, packed=True) for columns in (4, 1))
+_four_by_two, _three_by_two, _two_by_four, _one_by_four, _one_by_one = (
+    _make_products(*size, packed=False) for size in ((4, 2), (3, 2), (2, 4), (1, 4), (1, 1))
+)
+_packed_three_by_two, _packed_two_by_four, _packed_one_by_four, _packed_one_by_one = (
+    _make_products(*size, packed=True) for size in ((3, 2), (2, 4), (1, 4), (1, 1))
+)
+
+
+@njit(cache=True, nogil=True)
+def _fill_columns(x: Singles, weight: Singles, whole: int, y: Singles) -> None:  # pragma: no cover - compiled
+    """The first ``whole`` columns of a product, four at once."""
+    fours, over = x.shape[0] // 4 * 4, x.shape[0] % 4
+    for v in range(0, whole, 4):
+        for i in range(0, fours, 4):
+            _four_by_two(x, i, weight, v, y)
+            _four_by_two(x, i, weight, v + 2, y)
+        if over == 1:
+            _one_by_four(x, fours, weight, v, y)
+        elif over == 2:
+            _two_by_four(x, fours, weight, v, y)
+        elif over == 3:
+            _three_by_two(x, fours, weight, v, y)
+            _three_by_two(x, fours, weight, v + 2, y)
+
+
+@njit(cache=True, nogil=True)
+def _fill_columns_packed(x: Singles, words: Any, whole: int, y: Singles) -> None:  # pragma: no cover - compiled
+    """The same of one to three rows by a matrix in bf16."""
+    for v in range(0, whole, 4):
+        if x.shape[0] == 1:
+            _packed_one_by_four(x, 0, words, v, y)
+        elif x.shape[0] == 2:
+            _packed_two_by_four(x, 0, words, v, y)
+        else:
+            _packed_three_by_two(x, 0, words, v, y)
+            _packed_three_by_two(x, 0, words, v + 2, y)
 
 
 @njit(cache=True, nogil=True)
@@ -160,21 +194,16 @@ def project_rows(x: Singles, matrix: Matrix) -> Singles:  # pragma: no cover - c
     """
     weight, words = matrix
     count, outputs = x.shape[0], weight.shape[0]
-    packed, fours, whole = words.shape[0] > 0 and count < 4, count // 4 * 4, outputs // 4 * 4
+    packed, whole = words.shape[0] > 0 and 0 < count < 4, outputs // 4 * 4
     y = np.empty((count, outputs), np.float32)
-    for v in range(0, whole, 4):
-        for i in range(0, fours, 4):
-            _four_by_two(x, i, weight, v, y)
-            _four_by_two(x, i, weight, v + 2, y)
-        for i in range(fours, count):
-            if packed:
-                _packed_by_four(x, i, words, v, y)
-            else:
-                _one_by_four(x, i, weight, v, y)
+    if packed:
+        _fill_columns_packed(x, words, whole, y)
+    else:
+        _fill_columns(x, weight, whole, y)
     for v in range(whole, outputs):
         for i in range(count):
             if packed:
-                _packed_by_one(x, i, words, v, y)
+                _packed_one_by_one(x, i, words, v, y)
             else:
                 _one_by_one(x, i, weight, v, y)
     for k in range(x.shape[1] // _LANES * _LANES, x.shape[1]):
