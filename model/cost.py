@@ -127,7 +127,7 @@ class CostModel:
         return Flops(
             encoder=positions * unit.encoder,
             density=analysed * unit.density,
-            trunk=tiles * (unit.trunk - 5 * spared) + read * max(self._propagation - spared, 0),
+            trunk=tiles * (unit.trunk - 5 * spared) + read * self._propagation,
             decoder=positions * unit.decoder,
             head=logits * unit.head,
         )
@@ -178,7 +178,7 @@ class CostModel:
 def _propagation(config: ModelConfig) -> int:
     """Of one byte: its code, and in each block of the trunk what the convolution and the state read of it.
 
-    All columns of the state decay, those of the smallest level are written.
+    The columns of the smallest level decay and are written; the others decay with the next tile, for all bytes at once.
     """
     rank = config.propagation_rank
     if not rank:
@@ -186,5 +186,5 @@ def _propagation(config: ModelConfig) -> int:
     inner, heads = config.inner(config.d_trunk), config.heads(config.d_trunk)
     mixed = inner + 2 * config.d_state
     block = 2 * rank * (mixed + heads) + 2 * config.d_conv * mixed
-    block += inner * (config.d_state + 2 * config.d_state_levels[0])
+    block += 3 * inner * config.d_state_levels[0]
     return 2 * config.d_model * rank + config.trunk_layers * block

@@ -21,13 +21,16 @@ from model.adaptive.tiling import TileManager
 from model.config import ModelConfig
 from model.layers.mamba2 import AdaptiveMambaBlock
 from model.layers.norm import RMSNorm
-from model.ops.recurrent import decode_rows, encode_rows, norm_rows, project_rows
+from model.ops.recurrent import decode_rows, encode_rows, norm_rows, project_rows, read_waiting
 from model.ops.ssd import StepTrace
 from model.ops.words import NO_MATRIX, Matrix, readable
 from model.state import BlockState, ModelState
 
 _NOTHING = np.empty((0, 0), np.float32)
 _NO_TRACE = (_NOTHING, _NOTHING, _NOTHING, _NOTHING, np.empty(0))
+
+CODES_KEPT = 16
+"""Bytes that the trunk's states put off reading. A fire finds few at most rates; more would only make states larger."""
 
 
 class System(Protocol):
@@ -202,19 +205,34 @@ def step_compiled(system: System, tokens: Tensor, state: ModelState, rates: Tens
         logits = project_rows(norm_rows(outputs, *views.exit_norm), views.head) if traced else _NOTHING
         density = system.density.step_rows(outputs, logits, trace, state.density, chosen)
         fired[chosen] = system.tiles.fire_rows(density, wanted, router, chosen)
-    later = _with_states(views.trunk, state.trunk) + _with_states(views.decoder, state.decoder)
-    counters = (router.held, router.last_fire, router.fires, router.quota, router.positions)
+    later = _later(views, state)
+    kept = (router.held, router.last_fire, router.fires, router.quota, router.positions, router.codes, router.waiting)
     logits = decode_rows(
         fired, wanted, hidden, places, state.columns.numpy(), len(views.trunk), later, views.propagations,
         views.code, views.down, views.up, views.raw_fading, *views.final_norm, views.head,
-        *(value.numpy() for value in counters),
+        *(value.numpy() for value in kept),
     )  # fmt: skip
     return StepOutput(torch.from_numpy(logits), torch.from_numpy(fired))
+
+
+def read_codes(system: System, state: ModelState) -> None:
+    """Let the trunk's states read what waits for them; both are advanced in place."""
+    views, router = system.views(), state.router
+    waiting = router.waiting.numpy()
+    read_waiting(
+        waiting.nonzero()[0], _all_rows(len(waiting)), state.columns.numpy(), router.codes.numpy(), waiting,
+        _later(views, state), views.propagations,
+    )  # fmt: skip
 
 
 @lru_cache
 def _all_rows(count: int) -> Any:
     return np.arange(count)
+
+
+def _later(views: SystemViews, state: ModelState) -> tuple[tuple[Any, ...], ...]:
+    """Trunk and decoder, with their states."""
+    return _with_states(views.trunk, state.trunk) + _with_states(views.decoder, state.decoder)
 
 
 def _with_states(blocks: tuple[AdaptiveMambaBlock, ...], states: tuple[BlockState, ...]) -> tuple[tuple[Any, ...], ...]:

@@ -24,7 +24,7 @@ from model.adaptive.router import CrossScaleRouter
 from model.adaptive.tiling import Pace, TileManager, accrue
 from model.config import ModelConfig
 from model.cost import CostModel
-from model.decoding import StepOutput, SystemViews, make_views, step_compiled, step_plain
+from model.decoding import CODES_KEPT, StepOutput, SystemViews, make_views, read_codes, step_compiled, step_plain
 from model.layers.compiled import read_stack
 from model.layers.mamba2 import AdaptiveMambaBlock
 from model.layers.norm import RMSNorm
@@ -105,15 +105,16 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         def zeros(blocks: nn.ModuleList) -> tuple[BlockState, ...]:
             return tuple(block.mixer.zero_state(batch, device) for block in _blocks(blocks))
 
-        counters = [torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(3)]
+        counters = [torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(4)]
         quota = torch.zeros(batch, dtype=torch.float64, device=device)
         held = torch.zeros(batch, self.config.d_model, device=device)
+        codes = torch.zeros(batch, CODES_KEPT, self.config.propagation_rank, device=device)
         state = ModelState(
             encoder=zeros(self.encoder),
             trunk=zeros(self.trunk),
             decoder=zeros(self.decoder),
             density=self.density.zero_state(batch, device),
-            router=RouterState(held, counters[0], counters[1], quota, counters[2]),
+            router=RouterState(held, counters[0], counters[1], quota, counters[2], codes, counters[3]),
             columns=torch.full((batch,), self.config.d_state, dtype=torch.int64, device=device),
         )
         if d_state is not None:
@@ -128,11 +129,20 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         Raises:
             ValueError: a size is not one of the levels.
         """
+        self.settle(state)
         columns = torch.as_tensor(d_state, device=state.columns.device).expand(len(state.columns))
         state.trunk = tuple(
             BlockState(block.conv_state, self.router.route_states(block.ssm_state, columns)) for block in state.trunk
         )
         state.columns = columns.clone()
+
+    def settle(self, state: ModelState) -> None:
+        """Let the trunk's states read what they have put off, so that they are up to date; replaces them if need be."""
+        waiting = state.router.waiting
+        if waiting.device.type == "cpu" and bool(waiting.any()):  # elsewhere nothing ever waits
+            state.trunk = tuple(block.map(Tensor.clone) for block in state.trunk)
+            state.router = replace(state.router, waiting=waiting.clone())
+            read_codes(self, state)
 
     def encode(self, tokens: Tensor, states: tuple[BlockState, ...]) -> Encoded:
         """Run the encoder over tokens [B, L] from ``states`` (not changed)."""
@@ -165,6 +175,7 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         Returns:
             [B, L, d_model] decoder outputs.
         """
+        self.settle(state)
         router, propagates = state.router, self.router.code is not None
         if fires is None and (propagates or bool((router.last_fire == router.positions).all())):
             spread = self._run_trunk(hidden, None, None, state)

@@ -134,6 +134,11 @@ class RouterState(Rows):
     """[B] float64, fires allowed so far: the sum of the rate over the positions read."""
     positions: Tensor
     """[B] int64, positions read so far."""
+    codes: Tensor
+    """[B, W, propagation_rank] of bytes at which the trunk did not run and that its states have still to read: steps on
+    a CPU put it off until it runs, or W wait."""
+    waiting: Tensor
+    """[B] int64, how many of them there are."""
 
 
 @dataclass(slots=True)

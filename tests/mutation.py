@@ -198,15 +198,28 @@ MUTATIONS = (
     ),
     Mutation(
         "compiled: a byte between fires is written into every column", LOOPS,
-        "mixed[inner + min(columns[i], levels[0]) :", "mixed[inner + columns[i] :", (STEPS, READING),
+        "written = min(columns[i], levels[0])", "written = columns[i]", (STEPS, READING),
     ),
     Mutation(
         "compiled: columns that a byte between fires is not written into do not decay", LOOPS,
-        "row[n] = row[n] * decay + added", "row[n] = row[n] * (decay if n < 4 else _ONE) + added", (STEPS, READING),
+        "_fade_head(now, written, columns[i], faded)", "_fade_head(now, written, written, faded)", (STEPS, READING),
+    ),
+    Mutation(
+        "compiled pass: a fire finds columns that have not decayed", LOOPS,
+        "_fade_head(now, written, columns[b], faded[h])", "_fade_head(now, written, columns[b], _ONE)",
+        (STEPS, READING),
+    ),
+    Mutation(
+        "compiled: a fire does not wait for the bytes before it to be read", LOOPS,
+        "np.flatnonzero(fired & (waiting > 0) | between", "np.flatnonzero(between", (STEPS, READING),
+    ),
+    Mutation(
+        "a state is resized before it has read what waits", SYSTEM,
+        "        self.settle(state)\n        columns =", "        columns =", (READING,),
     ),
     Mutation(
         "compiled: the floor's states read on", LOOPS,
-        "between = np.flatnonzero((rates > 0.0) & ~fired)", "between = np.flatnonzero(~fired)", (READING,),
+        "between = (rates > 0.0) & ~fired", "between = ~fired", (READING,),
     ),
     Mutation(
         "a block of a prompt without a fire is not read by the trunk's states", SYSTEM,

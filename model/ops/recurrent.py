@@ -303,19 +303,95 @@ def _advance_head(
         out[p] = read
 
 
-@njit(cache=True, nogil=True, fastmath=_VECTORS)
-def _write_head(
-    state: Singles, columns: int, x: Singles, key: Singles, step: np.float32, decay: np.float32
-) -> None:  # pragma: no cover - compiled
-    """One position of one head that is not asked for its output.
+def _make_head_update(vectors: int, *, written: bool) -> Any:
+    """Compiled code for ``vectors * _LANES`` columns of a head's state [P, N] from one on, in place: they decay.
 
-    One loop over all columns, with zeros in ``key`` where nothing is written: two shorter ones take ten times as long.
+    ``written``: ``step * x`` times ``key`` is added. Written in LLVM's vectors, since a compiler that cannot know
+    whether its arguments overlap asks at every row, which takes as long as the row.
+
+    Raises:
+        TypingError: when it is compiled, for an array whose rows do not lie one after the other.
     """
-    for p in range(x.shape[0]):
-        added = step * x[p]
-        row = state[p]
-        for n in range(columns):
-            row[n] = row[n] * decay + added * key[n]
+    vector = ir.VectorType(ir.FloatType(), _LANES)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        def place(data: Any, at: Any) -> Any:
+            return builder.bitcast(builder.gep(data, [at]), vector.as_pointer())
+
+        def load(pointer: Any) -> Any:
+            loaded = builder.load(pointer)
+            loaded.align = 4
+            return loaded
+
+        def everywhere(value: Any) -> Any:
+            nothing, lanes = ir.Constant(vector, ir.Undefined), ir.VectorType(ir.IntType(32), _LANES)
+            one = builder.insert_element(nothing, value, ir.Constant(ir.IntType(32), 0))
+            return builder.shuffle_vector(one, nothing, ir.Constant(lanes, [0] * _LANES))
+
+        first, step, decay = arguments[1], arguments[4], everywhere(arguments[5])
+        state, x, key = (context.make_array(signature.args[k])(context, builder, arguments[k]) for k in (0, 2, 3))
+        offsets = [context.get_constant(types.intp, _LANES * v) for v in range(vectors)]
+        keys = [load(place(key.data, builder.add(first, offset))) for offset in offsets] if written else []
+        kind = ir.FunctionType(vector, [vector] * 3)
+        multiply_add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{_LANES}f32")
+        width = builder.extract_value(state.shape, 1)
+        with cgutils.for_range(builder, builder.extract_value(state.shape, 0)) as loop:
+            row = builder.add(builder.mul(loop.index, width), first)
+            if written:
+                added = everywhere(builder.fmul(step, builder.load(builder.gep(x.data, [loop.index]))))
+            for v, offset in enumerate(offsets):
+                pointer = place(state.data, builder.add(row, offset))
+                value = builder.fmul(load(pointer), decay)
+                if written:
+                    value = builder.call(multiply_add, [added, keys[v], value])
+                builder.store(value, pointer).align = 4
+        return context.get_dummy_value()
+
+    @intrinsic
+    def update(_typing: Any, state: Any, _first: Any, x: Any, key: Any, _step: Any, _decay: Any) -> Any:
+        if any(array.layout != "C" for array in (state, x, key)):
+            raise TypingError("rows must lie one after the other")
+        return types.void(state, types.intp, x, key, types.float32, types.float32), generate
+
+    return update
+
+
+_write_two, _write_one = (_make_head_update(vectors, written=True) for vectors in (2, 1))
+_fade_two, _fade_one = (_make_head_update(vectors, written=False) for vectors in (2, 1))
+
+
+@njit(cache=True, nogil=True)
+def _write_head(
+    state: Singles, last: int, x: Singles, key: Singles, step: np.float32, decay: np.float32
+) -> None:  # pragma: no cover - compiled
+    """One position of one head that is not asked for its output, in the columns up to ``last``."""
+    n = 0
+    while n + 2 * _LANES <= last:
+        _write_two(state, n, x, key, step, decay)
+        n += 2 * _LANES
+    if n + _LANES <= last:
+        _write_one(state, n, x, key, step, decay)
+        n += _LANES
+    if n < last:
+        for p in range(x.shape[0]):
+            for k in range(n, last):
+                state[p, k] = state[p, k] * decay + step * x[p] * key[k]
+
+
+@njit(cache=True, nogil=True)
+def _fade_head(state: Singles, first: int, last: int, decay: np.float32) -> None:  # pragma: no cover - compiled
+    """The decay of several positions at once, in the columns from ``first`` to ``last``."""
+    n, row = first, state[0]  # which is not read
+    while n + 2 * _LANES <= last:
+        _fade_two(state, n, row, row, _ONE, decay)
+        n += 2 * _LANES
+    if n + _LANES <= last:
+        _fade_one(state, n, row, row, _ONE, decay)
+        n += _LANES
+    if n < last:
+        for p in range(state.shape[0]):
+            for k in range(n, last):
+                state[p, k] *= decay
 
 
 @njit(cache=True, nogil=True, fastmath=_VECTORS)
@@ -444,25 +520,26 @@ def mixer_rows(
         per_head: [4, H] dt_bias, A_log, D, and the exponent of the stretch. Few arrays, since each costs a call 0.1 us.
         least_dt, most_dt: limits of the step size.
     """
-    headdim, channels = ssm_state.shape[2], conv.shape[1]
+    (heads, headdim), channels = ssm_state.shape[1:3], conv.shape[1]
     by_tap, conv_bias = conv[:-1], conv[-1]
     dt_bias, A_log, D, exponent = per_head[0], per_head[1], per_head[2], per_head[3]
-    inner = ssm_state.shape[1] * headdim
+    inner = heads * headdim
     d_state = (channels - inner) // 2
     low, high = first * headdim, last * headdim
     traced = before.shape[1] > 0
     keys = np.empty((_REACH, channels - inner), np.float32)
     inputs = np.empty((_REACH, high - low), np.float32)
+    faded = np.empty(heads, np.float32)  # what the columns that are not written between still have to be multiplied by
     for b in range(projected.shape[0]):
         count, raw, window = lengths[b], projected[b], conv_state[b]
+        written = min(columns[b], levels[0])
+        faded[:] = _ONE
         for start in range(0, count, _REACH):
             end = min(start + _REACH, count)
             _convolve(raw, window, start, end, inner, by_tap, conv_bias, inner, channels, keys)
             _convolve(raw, window, start, end, inner, by_tap, conv_bias, low, high, inputs)
             for t in range(start, end):
                 _scale_keys(keys[t - start], 0, d_state, columns[b], levels, level_scale)
-                if places[b, t] < 0:
-                    keys[t - start, min(columns[b], levels[0]) : d_state] = 0.0
                 if traced:
                     mixed[b, t, low:high] = inputs[t - start]
                     if first == 0:
@@ -478,8 +555,12 @@ def mixer_rows(
                     x, key, place = inputs[t - start, own], keys[t - start], places[b, t]
                     query, decay = key[d_state:], np.float32(math.exp(-size * rate))
                     if place < 0:
-                        _write_head(now, columns[b], x, key, size, decay)
+                        _write_head(now, written, x, key, size, decay)
+                        faded[h] *= decay
                         continue
+                    if faded[h] != _ONE:
+                        _fade_head(now, written, columns[b], faded[h])
+                        faded[h] = _ONE
                     out = gated[b, place, part]
                     if traced:
                         steps[b, h, t] = size
@@ -487,6 +568,9 @@ def mixer_rows(
                     else:
                         _advance_head(now, columns[b], x, key, query, size, decay, out)
                     _skip_and_gate(out, x, D[h], projected[b, t, part])
+        for h in range(first, last):
+            if faded[h] != _ONE:
+                _fade_head(ssm_state[b, h], written, columns[b], faded[h])
 
 
 @njit(cache=True, nogil=True)
@@ -604,13 +688,13 @@ def block_rows(
 
 
 @njit(cache=True, nogil=True)
-def propagate_rows(
+def _read_codes(
     rows: Integers,
+    starts: Integers,
     codes: Singles,
     columns: Integers,
     weight: Matrix,
     levels: Integers,
-    level_scale: Singles,
     conv: Singles,
     per_head: Singles,
     least_dt: float,
@@ -618,28 +702,67 @@ def propagate_rows(
     conv_state: Singles,
     ssm_state: Singles,
 ) -> None:  # pragma: no cover - compiled
-    """One byte read by the states of a block that is not run, for some rows of a batch; they are advanced in place.
+    """Bytes read by the states of a block that was not run at them, for some rows of a batch, advanced in place.
 
     Args:
-        rows: [n] rows of the state. codes: [n, r]. weight: [x B C | dt, r]. All others as in :func:`block_rows`.
+        rows: [n] rows of the state. codes: [m, r], of which those from ``starts[i]`` to ``starts[i + 1]`` are row i's.
+        columns: [n]. weight: [x B C | dt, r]. All others as in :func:`block_rows`.
     """
     heads, headdim = ssm_state.shape[1:3]
     inner = heads * headdim
     channels = conv.shape[1]
     dt_bias, A_log = per_head[0], per_head[1]
-    d_state = (channels - inner) // 2
     read = project_rows(codes, weight)
-    mixed = np.empty(channels, np.float32)
+    mixed = np.empty((codes.shape[0], channels), np.float32)
     for i in range(rows.shape[0]):
-        window, new = conv_state[rows[i]], read[i, :channels]
-        _slide(mixed, window, new, conv[:-1], conv[-1])
-        _scale_keys(mixed, inner, d_state, columns[i], levels, level_scale)
-        mixed[inner + min(columns[i], levels[0]) : inner + d_state] = 0.0
+        row, first, last = rows[i], starts[i], starts[i + 1]
+        written = min(columns[i], levels[0])
+        for t in range(first, last):
+            _slide(mixed[t], conv_state[row], read[t, :channels], conv[:-1], conv[-1])
         for h in range(heads):
-            size = _step_size(read[i, channels + h] + dt_bias[h], np.float32(0.0), np.float32(0.0), least_dt, most_dt)
-            decay = np.float32(math.exp(np.float32(-size * math.exp(A_log[h]))))
-            x = mixed[h * headdim : (h + 1) * headdim]
-            _write_head(ssm_state[rows[i], h], columns[i], x, mixed[inner:], size, decay)
+            now, rate, faded = ssm_state[row, h], math.exp(A_log[h]), _ONE
+            for t in range(first, last):
+                size = read[t, channels + h] + dt_bias[h]
+                size = _step_size(size, np.float32(0.0), np.float32(0.0), least_dt, most_dt)
+                decay = np.float32(math.exp(-size * rate))
+                x = mixed[t, h * headdim : (h + 1) * headdim]
+                _write_head(now, written, x, mixed[t, inner:], size, decay)
+                faded *= decay
+            _fade_head(now, written, columns[i], faded)
+
+
+@njit(cache=True, nogil=True)
+def read_waiting(
+    chosen: Integers,
+    rows: Integers,
+    columns: Integers,
+    codes: Singles,
+    waiting: Integers,
+    blocks: tuple[Any, ...],
+    propagations: tuple[Matrix, ...],
+) -> None:  # pragma: no cover - compiled
+    """Let the trunk's states read what waits for them: for all blocks and bytes of a row at once.
+
+    Read one by one, a state would pass through the caches at every byte, and so would the matrices.
+
+    Args:
+        chosen: those of n rows that read. rows: [n] rows of the states. columns: [n] of the state that run.
+        codes: [n, W, r], of which the first ``waiting`` [n] count; none wait afterwards.
+        blocks: as in :func:`decode_rows`. propagations: a matrix [x B C | dt, r] for each block of the trunk.
+    """
+    starts = np.zeros(chosen.shape[0] + 1, np.int64)
+    for i, row in enumerate(chosen):
+        starts[i + 1] = starts[i] + waiting[row]
+    together = np.empty((starts[-1], codes.shape[2]), np.float32)
+    for i, row in enumerate(chosen):
+        together[starts[i] : starts[i + 1]] = codes[row, : waiting[row]]
+        waiting[row] = 0
+    for i in range(len(propagations)):
+        levels, _, conv, per_head = blocks[i][:4]
+        _read_codes(
+            rows[chosen], starts, together, columns[chosen], propagations[i], levels, conv, per_head, *blocks[i][8:10],
+            *blocks[i][12:],
+        )  # fmt: skip
 
 
 @njit(cache=True, nogil=True)
@@ -689,6 +812,8 @@ def decode_rows(
     fires: Integers,
     quota: Floats,
     positions: Integers,
+    codes: Singles,
+    waiting: Integers,
 ) -> Singles:  # pragma: no cover - compiled
     """Logits [n, V] of one step from the encoder outputs [n, d_model]: trunk where it fires, hold, decoder and head.
 
@@ -698,22 +823,24 @@ def decode_rows(
         propagations: a matrix [x B C | dt, r] for each block of the trunk, and code: [r, d_model] of the router; empty
             where the states do not read what the trunk skips.
         down: [d_trunk, d_model] and up: [d_model, d_trunk] of the router; empty where the widths are equal.
-        head: [V, d_model]. All others as in :func:`hold_rows`.
+        head: [V, d_model]. codes, waiting: as in :func:`read_waiting`. All others as in :func:`hold_rows`.
     """
     no_trace = np.empty((0, 0), np.float32), np.empty((0, 0), np.float32)
     trace = (*no_trace, *no_trace, np.empty(0))
     index, propagates = np.flatnonzero(fired), code[0].shape[0] > 0
-    between = np.flatnonzero((rates > 0.0) & ~fired)
-    if propagates and len(between):
-        skipped = np.empty((len(between), hidden.shape[1]), np.float32)
-        for i, row in enumerate(between):
+    if propagates:
+        between = (rates > 0.0) & ~fired
+        due = np.flatnonzero(fired & (waiting > 0) | between & (waiting == codes.shape[1]))
+        if len(due):
+            read_waiting(due, rows, columns, codes, waiting, blocks, propagations)
+        skipping = np.flatnonzero(between)
+        skipped = np.empty((len(skipping), hidden.shape[1]), np.float32)
+        for i, row in enumerate(skipping):
             skipped[i] = hidden[row]
-        codes = project_rows(norm_rows(skipped, np.ones(hidden.shape[1], np.float32), eps), code)
-        for i in range(trunk_layers):
-            propagate_rows(
-                rows[between], codes, columns[between], propagations[i], *blocks[i][:4], *blocks[i][8:10],
-                *blocks[i][12:],
-            )  # fmt: skip
+        new = project_rows(norm_rows(skipped, np.ones(hidden.shape[1], np.float32), eps), code)
+        for i, row in enumerate(skipping):
+            codes[row, waiting[row]] = new[i]
+            waiting[row] += 1
     if len(index):
         stretch = np.empty(len(index), np.float32)
         selected = np.empty((len(index), hidden.shape[1]), np.float32)

@@ -34,7 +34,7 @@ def assert_reading_equals_stepping(tokens: torch.Tensor, rate: float, sizes: lis
     assert ends == np.flatnonzero(fires).tolist()
     torch.testing.assert_close(torch.cat(logits), torch.cat(expected), **CLOSE)
     assert torch.equal(read.columns, stepped.columns)
-    assert_same_state(read, stepped, density=True)
+    assert_same_state(MODEL, read, stepped, density=True)
 
 
 @pytest.mark.parametrize("rate", [0.3, 1.0])

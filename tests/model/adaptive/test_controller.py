@@ -13,8 +13,9 @@ INERTIA = 3.0
 
 
 def start(batch: int) -> RouterState:
-    counters = [torch.zeros(batch, dtype=torch.int64) for _ in range(3)]
-    return RouterState(torch.zeros(batch, 1), counters[0], counters[1], torch.zeros(batch).double(), counters[2])
+    last_fire, fires, positions, waiting = torch.zeros(4, batch, dtype=torch.int64)
+    quota, codes = torch.zeros(batch, dtype=torch.float64), torch.zeros(batch, 0, 0)
+    return RouterState(torch.zeros(batch, 1), last_fire, fires, quota, positions, codes, waiting)
 
 
 def test_the_correction_is_none_at_the_quota_and_a_wall_beyond_the_gap() -> None:
