@@ -84,13 +84,15 @@ def read_stack(
     length = count if propagated is None else propagated.fires.shape[1]
     threads = loop_threads() if batch * length >= SHARED_FROM else 1
     flat = hidden.reshape(-1, width).clone()
-    projected = _scratch("projected", batch * length, blocks[0].in_proj.shape[1])
-    gated = _scratch("gated", batch * count, blocks[0].out_proj.shape[0])
-    if lengths is not None:
-        gated.zero_()  # padding has no outputs
     between = None if propagated is None else _Between.of(propagated, count)
+    rows = batch * count + (0 if between is None else len(between.codes))
+    projected = _scratch("projected", rows, blocks[0].in_proj.shape[1])
+    gated = _scratch("gated", batch * count, blocks[0].out_proj.shape[0])
+    if lengths is not None or (between is not None and between.padded):
+        gated.zero_()  # padding has no outputs
     counted = length if lengths is None or between is not None else lengths
     positions = (
+        torch.arange(batch * length).view(batch, length) if between is None else between.order,
         torch.zeros(batch, length) if stretch is None else stretch.log(),
         torch.arange(length).expand(batch, -1).contiguous() if between is None else between.places,
         torch.as_tensor(counted).expand(batch).contiguous(),
@@ -100,15 +102,15 @@ def read_stack(
     trace = done = None
     with own_threads():
         for views, state in zip(blocks, states, strict=True):
-            project = partial(_add_and_project, flat, gated, projected, done, views, between)
+            project = partial(_add_and_project, flat, gated, projected, done, views)
             _share(project, cuts, threads)
             if between is not None:
-                between.project(views, projected, threads)
+                between.project(views, projected[batch * count :], threads)
             wanted = traced and views is blocks[-1]
             new, trace = _mix(views, projected, gated, positions, columns, state, threads, traced=wanted)
             after.append(new)
             done = views
-        finish = partial(_add_and_project, flat, gated, projected, done, None, None)
+        finish = partial(_add_and_project, flat, gated, projected, done, None)
         _share(finish, cuts, threads)
     return flat.view(batch, count, width), tuple(after), trace
 
@@ -117,42 +119,39 @@ def read_stack(
 class _Between:
     """Where in BL positions blocks are run, and what their states read elsewhere."""
 
-    rows: Tensor
-    """[BK] positions of what is run; one more than the last one for padding."""
+    order: Tensor
+    """[B, L] the row of each position among BK that are run, padding included, and then those that are not."""
     places: Tensor
     """[B, L] the one of K that a position is, -1 where nothing is run."""
-    read: Tensor
-    """[n] positions of the others."""
     codes: Tensor
-    """[n, r] of them."""
+    """[n, r] of the positions that are not run."""
+    padded: bool
+    """Whether some of the BK are padding."""
 
     @staticmethod
     def of(propagated: Propagated, count: int) -> _Between:
         """What ``propagated`` says, of which ``count`` positions are run in each row, padding included."""
         fires = propagated.fires
         batch, length = fires.shape
-        places = torch.where(fires, fires.cumsum(1) - 1, -1)
-        start = torch.arange(batch).unsqueeze(1) * length
-        runs = torch.arange(count) < fires.sum(1, keepdim=True)
-        rows = torch.where(runs, propagated.places + start, batch * length)
-        read = (~fires).flatten().nonzero().squeeze(-1)
-        return _Between(rows.flatten(), places, read, propagated.codes.flatten(0, 1)[read])
+        ran = fires.cumsum(1)
+        places = torch.where(fires, ran - 1, -1)
+        rest = (~fires).flatten()
+        start = torch.arange(0, batch * count, count) if count else torch.zeros(batch, dtype=torch.int64)
+        order = torch.where(
+            fires, places + start.unsqueeze(1), (rest.cumsum(0) + (batch * count - 1)).view(batch, length)
+        )
+        codes = propagated.codes.flatten(0, 1)[rest]
+        return _Between(order, places, codes, padded=bool((ran[:, -1] < count).any()))
 
     def project(self, views: BlockViews, projected: Tensor, threads: int) -> None:
-        """Write into ``projected`` [BL, z | x B C | dt] what is read without being run."""
+        """Write into ``projected`` [n, z | x B C | dt] what is read without being run; there is no z."""
         assert views.propagation is not None
-        weight, first = views.propagation, views.out_proj.shape[0]
+        weight, read = views.propagation, projected[:, views.out_proj.shape[0] :]
 
         def write(start: int, end: int) -> None:
-            projected[self.read[start:end], first:] = self.codes[start:end] @ weight
+            torch.mm(self.codes[start:end], weight, out=read[start:end])
 
-        _share(write, _cuts(1, len(self.read)), threads)
-
-    def scatter(self, values: Tensor, projected: Tensor, start: int, end: int) -> None:
-        """Write ``values`` of the rows from ``start`` to ``end`` where they belong, padding nowhere."""
-        rows = self.rows[start:end]
-        runs = rows < len(projected)
-        projected[rows[runs]] = values[runs]
+        _share(write, _cuts(1, len(self.codes)), threads)
 
 
 def _cuts(batch: int, length: int) -> list[tuple[int, int]]:
@@ -198,7 +197,6 @@ def _add_and_project(
     projected: Tensor,
     done: BlockViews | None,
     coming: BlockViews | None,
-    between: _Between | None,
     start: int,
     end: int,
 ) -> None:
@@ -207,26 +205,25 @@ def _add_and_project(
     if done is not None:
         rows.addmm_(_normalised(gated[start:end], done.gate_norm), done.out_proj)
     if coming is not None:
-        normal = _normalised(rows, coming.norm)
-        if between is None:
-            torch.mm(normal, coming.in_proj, out=projected[start:end])
-        else:
-            between.scatter(normal @ coming.in_proj, projected, start, end)
+        torch.mm(_normalised(rows, coming.norm), coming.in_proj, out=projected[start:end])
 
 
 def _mix(
     views: BlockViews,
     projected: Tensor,
     gated: Tensor,
-    positions: tuple[Tensor, Tensor, Tensor],
+    positions: tuple[Tensor, Tensor, Tensor, Tensor],
     columns: Tensor | None,
     state: BlockState,
     threads: int,
     *,
     traced: bool,
 ) -> tuple[BlockState, ScanTrace | None]:
-    """From projections [BL, z | x B C | dt] to gated outputs [BK, HP], the state after, and the trace."""
-    log_stretch, places, lengths = positions
+    """From projections [R, z | x B C | dt] to gated outputs [BK, HP], the state after, and the trace.
+
+    ``positions``: the row of each of BL positions, and ``log_stretch``, ``places`` and ``lengths`` of the mixer.
+    """
+    order, log_stretch, places, lengths = positions
     batch, length = log_stretch.shape
     heads, headdim, width = state.ssm_state.shape[1:]
     columns = torch.full((batch,), width) if columns is None else columns
@@ -236,13 +233,13 @@ def _mix(
     mixed = torch.empty(batch, length if traced else 0, state.conv_state.shape[-1])
     steps, changes = torch.zeros(2, batch, heads, length if traced else 0)
     tensors = (
-        projected.view(batch, length, -1), log_stretch, places, lengths, columns, state.conv_state.contiguous(),
+        projected, order, log_stretch, places, lengths, columns, state.conv_state.contiguous(),
         after.ssm_state, before, mixed, steps, changes, gated.view(batch, len(gated) // batch, gated.shape[1]),
     )  # fmt: skip
     arguments = [*(value.numpy() for value in tensors), views.chunk_size, *views.mixer]
     share(lambda first, last: mixer_rows(first, last, *arguments), heads, threads)
     inner = heads * headdim
-    keep_window(arguments[0], arguments[3], after.conv_state.numpy(), inner)
+    keep_window(arguments[0], arguments[1], arguments[4], after.conv_state.numpy(), inner)
     if not traced:
         return after, None
     x, keys = mixed.split([inner, mixed.shape[-1] - inner], dim=-1)

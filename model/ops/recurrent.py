@@ -425,6 +425,7 @@ def _advance_head_traced(
 @njit(cache=True, nogil=True)
 def _convolve(
     projected: Singles,
+    order: Integers,
     window: Singles,
     start: int,
     end: int,
@@ -438,8 +439,8 @@ def _convolve(
     """Convolution and activation of the channels ``first`` to ``last`` at the positions ``start`` to ``end``.
 
     Args:
-        projected: [L, z | x B C | dt], z of size ``inner``. window: [d_conv - 1, C] what came before it.
-        by_tap: [d_conv, C]. bias: [C]. out: [end - start, last - first].
+        projected: [R, z | x B C | dt], z of size ``inner``. order: [L] the row of each position.
+        window: [d_conv - 1, C] what came before them. by_tap: [d_conv, C]. bias: [C]. out: [end - start, last - first].
     """
     taps, low, high = by_tap.shape[0], inner + first, inner + last
     for t in range(start, end):
@@ -448,11 +449,11 @@ def _convolve(
         if at >= 0:
             paired = taps // 2 * 2
             for k in range(0, paired, 2):
-                one, other = projected[at + k, low:high], projected[at + k + 1, low:high]
+                one, other = projected[order[at + k], low:high], projected[order[at + k + 1], low:high]
                 _add_taps(row, one, by_tap[k, first:last], other, by_tap[k + 1, first:last])
         for k in range(paired, taps):
             if at + k >= 0:
-                _add_tap(row, projected[at + k, low:high], by_tap[k, first:last])
+                _add_tap(row, projected[order[at + k], low:high], by_tap[k, first:last])
             else:
                 _add_tap(row, window[at + k + taps - 1, first:last], by_tap[k, first:last])
         _silu(row)
@@ -460,15 +461,15 @@ def _convolve(
 
 @njit(cache=True, nogil=True)
 def keep_window(
-    projected: Singles, lengths: Integers, conv_state: Singles, inner: int
+    projected: Singles, order: Integers, lengths: Integers, conv_state: Singles, inner: int
 ) -> None:  # pragma: no cover - compiled
-    """Advance conv_state [B, d_conv - 1, C] in place by the first ``lengths`` [B] positions that were projected."""
+    """Advance conv_state [B, d_conv - 1, C] in place by the first ``lengths`` [B] positions; see :func:`mixer_rows`."""
     kept, channels = conv_state.shape[1:]
-    for b in range(projected.shape[0]):
+    for b in range(order.shape[0]):
         for k in range(kept):
             at = lengths[b] + k - kept
             if at >= 0:
-                conv_state[b, k] = projected[b, at, inner : inner + channels]
+                conv_state[b, k] = projected[order[b, at], inner : inner + channels]
             else:
                 conv_state[b, k] = conv_state[b, at + kept]
 
@@ -478,6 +479,7 @@ def mixer_rows(
     first: int,
     last: int,
     projected: Singles,
+    order: Integers,
     log_stretch: Singles,
     places: Integers,
     lengths: Integers,
@@ -504,9 +506,10 @@ def mixer_rows(
     who does a share of the heads.
 
     Args:
-        projected: [B, L, z | x B C | dt]. log_stretch: [B, L] logarithm of the bytes that a step stands for.
+        projected: [R, z | x B C | dt]. order: [B, L] the row of each position in it.
+        log_stretch: [B, L] logarithm of the bytes that a step stands for.
         places: [B, L] where in ``gated`` the output of a position goes; below 0 where the block is not run and its
-            state reads what was propagated, which stands in ``projected``.
+            state reads what was propagated, which stands in ``projected`` without a z.
         lengths: [B] positions that count. columns: [B] of the state that run, at most N.
         conv_state: [B, d_conv - 1, C] before the first position, not changed.
         ssm_state: [B, H, P, N], advanced in place.
@@ -530,14 +533,14 @@ def mixer_rows(
     keys = np.empty((_REACH, channels - inner), np.float32)
     inputs = np.empty((_REACH, high - low), np.float32)
     faded = np.empty(heads, np.float32)  # what the columns that are not written between still have to be multiplied by
-    for b in range(projected.shape[0]):
-        count, raw, window = lengths[b], projected[b], conv_state[b]
+    for b in range(order.shape[0]):
+        count, at, window = lengths[b], order[b], conv_state[b]
         written = min(columns[b], levels[0])
         faded[:] = _ONE
         for start in range(0, count, _REACH):
             end = min(start + _REACH, count)
-            _convolve(raw, window, start, end, inner, by_tap, conv_bias, inner, channels, keys)
-            _convolve(raw, window, start, end, inner, by_tap, conv_bias, low, high, inputs)
+            _convolve(projected, at, window, start, end, inner, by_tap, conv_bias, inner, channels, keys)
+            _convolve(projected, at, window, start, end, inner, by_tap, conv_bias, low, high, inputs)
             for t in range(start, end):
                 _scale_keys(keys[t - start], 0, d_state, columns[b], levels, level_scale)
                 if traced:
@@ -550,7 +553,7 @@ def mixer_rows(
                 for t in range(start, end):
                     if traced and t % chunk_size == 0:
                         before[b, t // chunk_size, h] = now
-                    size = projected[b, t, inner + channels + h] + dt_bias[h]
+                    size = projected[at[t], inner + channels + h] + dt_bias[h]
                     size = _step_size(size, exponent[h], log_stretch[b, t], least_dt, most_dt)
                     x, key, place = inputs[t - start, own], keys[t - start], places[b, t]
                     query, decay = key[d_state:], np.float32(math.exp(-size * rate))
@@ -567,7 +570,7 @@ def mixer_rows(
                         changes[b, h, t] = _advance_head_traced(now, columns[b], x, key, query, size, decay, out)
                     else:
                         _advance_head(now, columns[b], x, key, query, size, decay, out)
-                    _skip_and_gate(out, x, D[h], projected[b, t, part])
+                    _skip_and_gate(out, x, D[h], projected[at[t], part])
         for h in range(first, last):
             if faded[h] != _ONE:
                 _fade_head(ssm_state[b, h], written, columns[b], faded[h])

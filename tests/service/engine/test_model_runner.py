@@ -33,7 +33,8 @@ runner = ModelRunner(tiny_model())
 assert not any(compiled().values())
 runner.warm_up()
 warm = compiled()
-for loop in ("encode_rows", "decode_rows", "keep_window", "mixer_rows", "density_rows", "plan_block", "draw_rows"):
+loops_of_a_step = ("encode_rows", "decode_rows", "read_waiting", "density_rows", "draw_rows")
+for loop in (*loops_of_a_step, "keep_window", "mixer_rows", "plan_block"):
     assert warm[loop] == 1, warm
 limits = Limits.for_states(runner.state_sizes, running=5, block_size=runner.block_size)
 engine = Engine(runner, Scheduler(limits, runner.state_sizes), Metrics("tiny"), time.monotonic)
