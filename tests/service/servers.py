@@ -36,10 +36,10 @@ TINY = ModelConfig(
 )
 
 
-def tiny_model(seed: int = 0) -> AdaptiveAttentionSystem:
+def tiny_model(seed: int = 0, config: ModelConfig = TINY) -> AdaptiveAttentionSystem:
     """A small model with random weights that generates varied bytes."""
     torch.manual_seed(seed)
-    model = AdaptiveAttentionSystem(TINY)
+    model = AdaptiveAttentionSystem(config)
     with torch.no_grad():
         model.embedding.weight.mul_(20)
         model.final_norm.weight.mul_(0.5)
