@@ -93,7 +93,7 @@ def _make_engine(settings: Settings, model: AdaptiveAttentionSystem, metrics: Me
     )
     most = settings.max_running + settings.max_waiting
     admission = Admission(most, settings.max_running, settings.queue_seconds, settings.stall_seconds)
-    return EngineThread(engine, admission)
+    return EngineThread(engine, admission, settings.stream_seconds)
 
 
 def _add_routes(app: FastAPI, *, secured: bool) -> None:

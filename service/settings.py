@@ -134,6 +134,13 @@ class Settings(BaseSettings):
         default=10.0, gt=0, le=3600, description="time for request line and headers to arrive; then 408"
     )
     body_seconds: float = Field(default=30.0, gt=0, le=3600, description="time for a body to arrive; then 408")
+    stream_seconds: float = Field(
+        default=0.02,
+        ge=0,
+        le=10,
+        description="how long text of a stream may wait to go out with what follows; 0 for not at all. What begins or "
+        "ends a stream never waits",
+    )
     write_seconds: float = Field(
         default=30.0, gt=0, le=3600, description="how long a client may leave an answer unread; then it is cut off"
     )

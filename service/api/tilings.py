@@ -71,8 +71,7 @@ async def analyse(
         error = failure(output.finish)
         if error is not None:
             raise error
-        if output.analysis is not None:
-            pieces.append(output.analysis)
+        pieces += output.analyses
     return partial(assemble, context, body, grants, sequence, pieces)
 
 

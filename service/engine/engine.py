@@ -85,12 +85,12 @@ class Output:
     text: str = ""
     finish: FinishReason | None = None
     scores: list[TokenScore] = field(default_factory=list)
-    analysis: PieceAnalysis | None = None
+    analyses: list[PieceAnalysis] = field(default_factory=list)
 
     @property
     def news(self) -> bool:
         """Whether it says anything."""
-        return bool(self.text or self.finish or self.scores or self.analysis)
+        return bool(self.text or self.finish or self.scores or self.analyses)
 
 
 class Engine:
@@ -246,7 +246,8 @@ class Engine:
         text = sequence.finish_reading() if outcome.token is None else self._accept(sequence, outcome.token, now)
         if sequence.finish is not None:
             self._close(sequence, now)
-        return Output(sequence, text, sequence.finish, outcome.scores, outcome.analysis)
+        analyses = [] if outcome.analysis is None else [outcome.analysis]
+        return Output(sequence, text, sequence.finish, outcome.scores, analyses)
 
     def _read_on(self, sequence: Sequence, outcome: Outcome) -> None:
         """Book tokens of a prompt; at its end, let the other choices start."""

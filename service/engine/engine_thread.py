@@ -70,11 +70,13 @@ class EngineThread:
 
     Args:
         engine: nothing else may touch it once the thread runs. admission: what is let in.
+        stream_interval: seconds between two times that an event loop is given outputs; see :class:`Mailbox`.
     """
 
-    def __init__(self, engine: Engine, admission: Admission) -> None:
+    def __init__(self, engine: Engine, admission: Admission, stream_interval: float = 0.0) -> None:
         self._engine = engine
         self._admission = admission
+        self._stream_interval = stream_interval
         self._lock = threading.Lock()
         self._open: dict[Sequence, Receiver] = {}
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
@@ -160,7 +162,7 @@ class EngineThread:
         loop = asyncio.get_running_loop()
         with self._lock:
             if self._mailbox is None or self._mailbox.loop is not loop:
-                self._mailbox = Mailbox(loop)
+                self._mailbox = Mailbox(loop, self._stream_interval)
             mailbox = self._mailbox
         return OutputStream(self, mailbox, sequences, whole=whole)
 
@@ -245,45 +247,72 @@ class EngineThread:
 
 
 class Mailbox:
-    """Takes outputs from the engine's thread to one event loop, which is woken once per step at most."""
+    """Takes outputs from the engine's thread to one event loop, which is woken once per step at most.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    Waking it takes about as long as a step of a small model. So what comes within ``interval`` seconds of the last time
+    waits for the next one, unless it is urgent: what begins or ends a sequence is.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, interval: float) -> None:
         self.loop = loop
+        self._interval = interval
         self._lock = threading.Lock()
         self._outputs: list[tuple[Deliver, Output]] = []
+        self._urgent = False
+        self._waking = False
+        """The loop looks for outputs by itself, now or when the interval is over."""
+        self._timer: asyncio.TimerHandle | None = None
+        """Of the loop alone."""
 
-    def put(self, deliver: Deliver, output: Output) -> None:
+    def put(self, deliver: Deliver, output: Output, *, urgent: bool) -> None:
         """Have ``deliver`` called in the event loop."""
         with self._lock:
             self._outputs.append((deliver, output))
+            self._urgent = self._urgent or urgent
 
     def flush(self) -> None:
-        """Hand over what was put.
+        """Hand over what was put, now or within the interval.
 
         Raises:
             RuntimeError: the event loop is closed.
         """
         with self._lock:
-            outputs, self._outputs = self._outputs, []
-        self.loop.call_soon_threadsafe(self._hand_out, outputs)
+            wake = self._urgent or not self._waking
+            self._urgent, self._waking = False, True
+        if wake:
+            self.loop.call_soon_threadsafe(self._hand_out)
+        elif self.loop.is_closed():
+            raise RuntimeError("the event loop is closed")
 
-    @staticmethod
-    def _hand_out(outputs: list[tuple[Deliver, Output]]) -> None:
+    def _hand_out(self) -> None:
+        with self._lock:
+            outputs, self._outputs = self._outputs, []
+            self._waking = bool(outputs) and self._interval > 0.0
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(self._interval, self._hand_out) if self._waking else None
         for deliver, output in outputs:
             deliver(output)
 
 
 class OutputStream:
-    """Iterates over the outputs of sequences in the event loop that made it; :meth:`close` it in any case."""
+    """Iterates over the outputs of sequences in the event loop that made it; :meth:`close` it in any case.
+
+    Outputs of a sequence that nobody has read yet become one.
+    """
 
     def __init__(self, engine: EngineThread, mailbox: Mailbox, sequences: Collection[Sequence], *, whole: bool) -> None:
         self.sequences = sequences
         self._engine = engine
-        self._outputs: asyncio.Queue[Output] = asyncio.Queue()  # bounded by max_tokens
+        self._mailbox = mailbox
+        self._ready: dict[Sequence, list[Output]] = {}  # bounded by max_tokens
+        self._news = asyncio.Event()
+        self._quiet = set(sequences) if whole else set[Sequence]()
+        """Sequences whose outputs can wait until they end; of the engine's thread."""
         self.on_end: Callable[[], None] | None = None
         """Called in the event loop when every sequence has ended, whether or not anybody reads the outputs."""
-        engine.submit(sequences, Receiver(partial(mailbox.put, self._receive), mailbox.flush, whole))
         self._unread = self._unfinished = len(sequences)
+        engine.submit(sequences, Receiver(self._put, mailbox.flush, whole))
 
     def __aiter__(self) -> Self:
         return self
@@ -291,12 +320,22 @@ class OutputStream:
     async def __anext__(self) -> Output:
         if not self._unread:
             raise StopAsyncIteration
-        output = await self._outputs.get()
+        await self._news.wait()
+        sequence = next(iter(self._ready))
+        output = join(self._ready.pop(sequence))
+        if not self._ready:
+            self._news.clear()
         self._unread -= output.finish is not None
         return output
 
+    def _put(self, output: Output) -> None:
+        urgent = output.finish is not None or output.sequence not in self._quiet
+        self._quiet.add(output.sequence)
+        self._mailbox.put(self._receive, output, urgent=urgent)
+
     def _receive(self, output: Output) -> None:
-        self._outputs.put_nowait(output)
+        self._ready.setdefault(output.sequence, []).append(output)
+        self._news.set()
         self._unfinished -= output.finish is not None
         if not self._unfinished and self.on_end is not None:
             self.on_end()
@@ -305,3 +344,17 @@ class OutputStream:
         """Cancel the sequences that have not ended."""
         for sequence in self.sequences:
             self._engine.cancel(sequence)
+
+
+def join(outputs: list[Output]) -> Output:
+    """One output that says what several of the same sequence do, at least one of them."""
+    first, last = outputs[0], outputs[-1]
+    if first is last:
+        return first
+    return Output(
+        first.sequence,
+        text="".join(output.text for output in outputs),
+        finish=last.finish,
+        scores=[score for output in outputs for score in output.scores],
+        analyses=[piece for output in outputs for piece in output.analyses],
+    )
