@@ -146,7 +146,7 @@ MUTATIONS = (
     ),
     Mutation(
         "compiled pass: padding advances a state", LOOPS,
-        "count, raw, window = lengths[b],", "count, raw, window = gated.shape[1],", (PACKING,),
+        "count, at, window = lengths[b],", "count, at, window = gated.shape[1],", (PACKING,),
     ),
     Mutation(
         "plain pass: padding advances a state", MIXER,
@@ -227,7 +227,7 @@ MUTATIONS = (
     ),
     Mutation(
         "compiled pass: codes stand at the wrong positions", "model/layers/compiled.py",
-        "projected[self.read[start:end], first:]", "projected[self.read[start:end] - 1, first:]", (STEPS, READING),
+        "propagated.codes.flatten(0, 1)[rest]", "propagated.codes.flatten(0, 1).roll(1, 0)[rest]", (STEPS, READING),
     ),
     Mutation(
         "operations between fires not billed", "model/cost.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,6 +80,13 @@ def step_through(
     state = model.allocate_state(len(tokens), d_state=d_state)
     outputs = [model.step(column, state, rates) for column in tokens.unbind(1)]
     return torch.stack([o.logits for o in outputs], 1), torch.stack([o.fired for o in outputs], 1)
+
+
+def settled(model: AdaptiveAttentionSystem, state: ModelState) -> ModelState:
+    """The state once nothing waits to be read, for comparing: without codes, of which those that were read may remain."""
+    state = replace(state)
+    model.settle(state)
+    return replace(state, router=replace(state.router, codes=state.router.codes[:, :0]))
 
 
 def encode_one(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from model.config import ModelConfig
 from model.lm import AdaptiveAttentionSystem
 from model.state import ModelState
-from tests.model.shapes import PROPAGATING, SMALL, random_model, random_tokens
+from tests.model.shapes import PROPAGATING, SMALL, random_model, random_tokens, settled
 
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}
 SKIPS, PROPAGATES = random_model(), random_model(PROPAGATING)
@@ -53,9 +53,7 @@ def walk(
 
 
 def assert_same_state(model: AdaptiveAttentionSystem, one: ModelState, other: ModelState, *, density: bool) -> None:
-    for state in (one, other):
-        model.settle(state)
-        state.router.codes = state.router.codes[:, :0]  # those that were read may still stand there
+    one, other = settled(model, one), settled(model, other)
     for name in ("encoder", "trunk", "decoder", "router", *(["density"] if density else [])):
         values = [getattr(state, name) for state in (one, other)]
         rows = [value if isinstance(value, tuple) else (value,) for value in values]

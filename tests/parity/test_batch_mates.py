@@ -9,7 +9,15 @@ from model.checkpoint import EMBEDDED_CHECKPOINT, load_checkpoint
 from model.config import ModelConfig
 from model.lm import AdaptiveAttentionSystem
 from model.state import ModelState
-from tests.model.shapes import PROPAGATING, SMALL, random_model, random_tokens, step_through, without_compiled_code
+from tests.model.shapes import (
+    PROPAGATING,
+    SMALL,
+    random_model,
+    random_tokens,
+    settled,
+    step_through,
+    without_compiled_code,
+)
 
 RATES = torch.tensor([1.0, 0.0, 0.5, 0.1, 0.9, 0.02, 0.3, 1.0, 0.05], dtype=torch.float64)
 
@@ -66,7 +74,7 @@ def test_some_rows_step_alike_by_tensor_operations(monkeypatch: pytest.MonkeyPat
     def run() -> tuple[list[torch.Tensor], ModelState]:
         state = model.allocate_state(len(RATES))
         outputs = [model.step(tokens[rows, place], state, RATES[rows], rows) for place, rows in enumerate(steps)]
-        return [output.logits for output in outputs], state
+        return [output.logits for output in outputs], settled(model, state)
 
     compiled_logits, compiled_state = run()
     without_compiled_code(monkeypatch)
