@@ -83,7 +83,7 @@ def step_through(
 
 
 def settled(model: AdaptiveAttentionSystem, state: ModelState) -> ModelState:
-    """The state once nothing waits to be read, for comparing: without codes, of which those that were read may remain."""
+    """The state once nothing waits to be read, for comparing: without codes, which may remain when they were read."""
     state = replace(state)
     model.settle(state)
     return replace(state, router=replace(state.router, codes=state.router.codes[:, :0]))
