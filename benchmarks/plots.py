@@ -25,7 +25,7 @@ def plot_serving(report: Mapping[str, Any], path: Path) -> None:
         arrivals.plot(loads, values, style, label=name.replace("_", " "))
     for axes, x, y in (
         (throughput, "clients", "generated tokens / s"),
-        (latency, "clients", "inter-token time, p95 (s)"),
+        (latency, "clients", "time per token, p95 (s)"),
         (arrivals, "arrivals / capacity", "latency, p95 (s)"),
     ):
         axes.set(xlabel=x, ylabel=y, ylim=(0, None))

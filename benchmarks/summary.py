@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,11 +22,20 @@ def percentiles(values: Collection[float]) -> dict[str, float | None]:
 
 
 def latencies(results: Collection[Result]) -> dict[str, dict[str, float | None]]:
-    """Percentiles in seconds of answers: time to the first token, between tokens, to the end."""
+    """Percentiles in seconds of answers: time to the first token, per token after it, to the end.
+
+    The time per token is an answer's mean: a piece of text that arrives may be of several tokens.
+    """
     answers = [result for result in results if result.end is End.ANSWER and result.events]
     return {
         "first_token": percentiles([result.events[0] - result.due for result in answers]),
-        "inter_token": percentiles([later - one for result in answers for one, later in pairwise(result.events)]),
+        "inter_token": percentiles(
+            [
+                (result.events[-1] - result.events[0]) / (result.usage["completion_tokens"] - 1)
+                for result in answers
+                if len(result.events) > 1
+            ]
+        ),
         "end_to_end": percentiles([result.latency for result in answers]),
     }
 

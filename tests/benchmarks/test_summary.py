@@ -25,11 +25,17 @@ def test_percentiles_are_interpolated() -> None:
 
 
 def test_latencies_are_of_answers_and_count_from_when_they_were_due() -> None:
-    results = [result(1.0, [3.0, 4.0, 6.0]), result(0.0, [100.0], end=None), result(0.0, [], End.REFUSED)]
+    results = [
+        result(1.0, [3.0, 4.0, 6.0]),
+        result(0.0, [2.0, 4.0], tokens=5),
+        result(0.0, [7.0]),
+        result(0.0, [100.0], end=None),
+        result(0.0, [], End.REFUSED),
+    ]
     found = latencies(results)
     assert found["first_token"]["p50"] == 2.0
-    assert found["inter_token"] == pytest.approx({"p50": 1.5, "p95": 1.95, "p99": 1.99})
-    assert found["end_to_end"]["p99"] == 5.0
+    assert found["inter_token"] == pytest.approx({"p50": 1.0, "p95": 1.45, "p99": 1.49})
+    assert found["end_to_end"]["p50"] == 5.0
 
 
 def test_a_rate_counts_arrivals_in_the_window_between_the_first_and_the_last() -> None:
