@@ -361,7 +361,11 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         if not torch.is_inference_mode_enabled():  # to enter it takes as long as a small block does
             with torch.inference_mode():
                 return self.step(tokens, state, rates, rows)
-        step = step_compiled if compiled(state.router.held) else step_plain
+        if compiled(state.router.held):
+            step = step_compiled
+        else:
+            self.settle(state)
+            step = step_plain
         if rows is None:
             return step(self, tokens, state, rates, None)
         # The large states are reached by row; the small ones are gathered.

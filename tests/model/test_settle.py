@@ -9,7 +9,7 @@ import torch
 
 from model.decoding import CODES_KEPT
 from model.state import ModelState
-from tests.model.shapes import PROPAGATING, random_model, random_tokens
+from tests.model.shapes import PROPAGATING, random_model, random_tokens, without_compiled_code
 
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 SELDOM = torch.tensor([0.01, 0.02], dtype=torch.float64)
@@ -27,7 +27,7 @@ def test_states_that_read_late_are_those_that_read_at_once(monkeypatch: pytest.M
         model.step(column, late, SELDOM)
         assert (late.router.waiting <= CODES_KEPT).all()
     assert late.router.waiting.any()  # the first byte fires
-    monkeypatch.setattr("model.lm.compiled", lambda _: False)
+    without_compiled_code(monkeypatch)
     for column in tokens[:, :count].unbind(1):
         model.step(column, at_once, SELDOM)
     assert not at_once.router.waiting.any()
@@ -59,3 +59,17 @@ def test_what_waits_survives_the_floor_and_passes() -> None:
         expected = model.head(model.combine(hidden, None, passed))
     assert not stepped.router.waiting.any()
     torch.testing.assert_close(torch.stack(logits, 1), expected, atol=2e-4, rtol=2e-4)
+
+
+def test_steps_by_tensor_operations_find_what_waits_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens, full = random_model(PROPAGATING), random_tokens(2, 20), torch.ones_like(SELDOM)
+    mixed, plain = model.allocate_state(2), model.allocate_state(2)
+    for column in tokens[:, :10].unbind(1):
+        model.step(column, mixed, SELDOM)
+    assert mixed.router.waiting.any()
+    without_compiled_code(monkeypatch)
+    for column in tokens[:, :10].unbind(1):
+        model.step(column, plain, SELDOM)
+    for column in tokens[:, 10:].unbind(1):
+        logits, expected = (model.step(column, state, full).logits for state in (mixed, plain))
+        torch.testing.assert_close(logits, expected, **CLOSE)
