@@ -17,6 +17,9 @@ from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+_BOOKING_SECONDS = 0.02
+"""How far the counters may be behind while nothing begins or ends: to count takes as long as to choose a token."""
+
 Ran = list[tuple[Sequence, Outcome | None]]
 """What the model returned for each sequence; None where it failed."""
 
@@ -113,6 +116,8 @@ class Engine:
         self._metrics = metrics
         self.load = load or LoadControl(math.inf)
         self._deadlines = deadlines or Deadlines()
+        self._unbooked: list[Outcome] = []
+        self._booked = -math.inf
 
     @property
     def idle(self) -> bool:
@@ -134,7 +139,7 @@ class Engine:
             sequence.reserved = self.reserve(sequence)
             self._scheduler.add(sequence)
             self._metrics.decisions[sequence.grant.reason.value].inc()
-        self._update_gauges()
+        self.book()
 
     def step(self) -> list[Output]:
         """Run one step; what became of the sequences in it."""
@@ -147,7 +152,7 @@ class Engine:
         ran = self._run(batch)
         run_end = self.clock()
         outputs += [self._postprocess(sequence, outcome, run_end) for sequence, outcome in ran]
-        self._account(ran, run_end - scheduled)
+        self._account(ran, run_end - scheduled, run_end)
         parts = {"schedule": scheduled - began, "run": run_end - scheduled, "postprocess": self.clock() - run_end}
         for part, seconds in parts.items():
             self._metrics.step[part].observe(seconds)
@@ -159,12 +164,29 @@ class Engine:
             return None
         sequence.finish = reason
         self._close(sequence, self.clock())
-        self._update_gauges()
+        self.book()
         return Output(sequence, sequence.text.flush(), reason)
 
     def end_all(self, reason: FinishReason) -> list[Output]:
         """End every sequence."""
         return self._end((*self._scheduler.running, *self._scheduler.waiting), reason)
+
+    def book(self) -> None:
+        """Bring counters and gauges up to date, which may be a moment behind while nothing begins or ends."""
+        metrics, outcomes = self._metrics, self._unbooked
+        self._unbooked = []
+        for phase in Phase:
+            some = [outcome for outcome in outcomes if outcome.phase is phase]
+            if some:
+                flops, full_flops = (outcome.flops for outcome in some), sum(outcome.full_flops for outcome in some)
+                metrics.spent(flops, full_flops, phase.value)
+        metrics.prompt_tokens.inc(sum(o.positions for o in outcomes if o.phase is Phase.PREFILL))
+        metrics.generation_tokens.inc(sum(outcome.token is not None for outcome in outcomes))
+        metrics.running.set(len(self._scheduler.running))
+        metrics.waiting.set(len(self._scheduler.waiting))
+        for kind, count in self.runner.state_bytes.items():
+            metrics.state_bytes[kind].set(count)
+        metrics.state_buffers.set(self.runner.buffer_bytes)
 
     def check_integrity(self) -> None:
         """Assert that slots and sequences match."""
@@ -207,7 +229,7 @@ class Engine:
                     self.runner.resume(sequence)
                     self._metrics.cached_tokens.inc(sequence.inherited)
         if batch.prefill or batch.fork or batch.resize:
-            self._update_gauges()
+            self.book()
 
     def _run(self, batch: Batch) -> Ran:
         """Run the model. Where it fails, only those fail that it worked on."""
@@ -274,23 +296,19 @@ class Engine:
         sequence.latest_token = now
         return text
 
-    def _account(self, ran: Ran, seconds: float) -> None:
-        """Book what a step did in all."""
-        metrics = self._metrics
+    def _account(self, ran: Ran, seconds: float, now: float) -> None:
+        """Book what a step did in all: at once if sequences began or ended, else in good time."""
         outcomes = [outcome for _, outcome in ran if outcome is not None]
-        for phase in Phase:
-            some = [outcome for outcome in outcomes if outcome.phase is phase]
-            if not some:
-                continue
-            metrics.spent((outcome.flops for outcome in some), sum(outcome.full_flops for outcome in some), phase.value)
-        metrics.prompt_tokens.inc(sum(o.positions for o in outcomes if o.phase is Phase.PREFILL))
-        metrics.generation_tokens.inc(sum(outcome.token is not None for outcome in outcomes))
         decoded = [outcome for outcome in outcomes if outcome.phase is Phase.DECODE]
         if decoded:
-            metrics.batch_size.observe(len(decoded))
-            metrics.trunk_batch_size.observe(sum(len(outcome.tile_ends) for outcome in decoded))
+            self._metrics.batch_size.observe(len(decoded))
+            self._metrics.trunk_batch_size.observe(sum(len(outcome.tile_ends) for outcome in decoded))
         self.pace.worked(sum(outcome.flops.total for outcome in outcomes), seconds)
-        self._update_gauges()
+        self._unbooked += outcomes
+        calm = len(decoded) == len(ran) and all(sequence.finish is None for sequence, _ in ran)
+        if not calm or now - self._booked >= _BOOKING_SECONDS:
+            self._booked = now
+            self.book()
 
     def _close(self, sequence: Sequence, now: float) -> None:
         """Give back what a sequence held, and record its end."""
@@ -316,10 +334,3 @@ class Engine:
             if sequence.first_token is not None:
                 metrics.prefill.observe(sequence.first_token - sequence.scheduled)
                 metrics.decode.observe(now - sequence.first_token)
-
-    def _update_gauges(self) -> None:
-        self._metrics.running.set(len(self._scheduler.running))
-        self._metrics.waiting.set(len(self._scheduler.waiting))
-        for kind, count in self.runner.state_bytes.items():
-            self._metrics.state_bytes[kind].set(count)
-        self._metrics.state_buffers.set(self.runner.buffer_bytes)

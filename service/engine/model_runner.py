@@ -242,8 +242,9 @@ class ModelRunner:
         rates = [sequence.grant.rates.decode for sequence in sequences]
         wanted = torch.tensor(rates, dtype=torch.float64, device=device)
         output = self._model.step(tokens, part.states, wanted, part.rows)
-        sound = [math.isfinite(total) for total in output.logits.sum(-1).tolist()]  # one that is not shows in the sum
-        logits = output.logits if all(sound) else output.logits.nan_to_num()
+        sound, logits = [True] * len(sequences), output.logits
+        if not math.isfinite(float(logits.sum())):  # one number that is not finite shows in the sum
+            sound, logits = logits.isfinite().all(-1).tolist(), logits.nan_to_num()
         chosen = sample(logits, sequences)
         scores = self._score_rows(logits, chosen, sequences)
         full_flops = self.cost.full_flops(1, 1)

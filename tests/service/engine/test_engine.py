@@ -33,6 +33,12 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
     return metrics._registry.get_sample_value(name, labels) or 0.0
 
 
+def spent(metrics: Metrics) -> float:
+    """The counter of operations, over its labels."""
+    (family,) = (family for family in metrics._registry.collect() if family.name == "rheostat_compute_flops")
+    return sum(sample.value for sample in family.samples if sample.name.endswith("_total"))
+
+
 def ends(outputs: list[Output]) -> list[tuple[Sequence, FinishReason]]:
     return [(output.sequence, output.finish) for output in outputs if output.finish is not None]
 
@@ -70,6 +76,33 @@ def test_spent_operations_add_up_to_the_counters() -> None:
     assert sum(stages.values()) == sum(sequence.flops.total for sequence in sequences)
     assert stages["trunk", "decode"] == 5 * (0 + 3 + 6)
     assert value(metrics, "rheostat_compute_full_flops_total") == sum(sequence.full_flops for sequence in sequences)
+
+
+def test_counters_are_a_moment_behind_at_most_and_not_when_anything_begins_or_ends() -> None:
+    now = [0.0]
+    engine, metrics = make_engine(FakeRunner(), lambda: now[0], slots=2)
+    short, long = make_sequence(prompt=2, max_tokens=8), make_sequence(prompt=2, max_tokens=99)
+
+    def behind() -> float:
+        return short.flops.total + long.flops.total - spent(metrics)
+
+    engine.add([short, long])
+    while not (short.prefilled and long.prefilled):
+        engine.step()
+        assert spent(metrics) > 0
+        assert behind() == 0
+    engine.step()
+    assert behind() > 0
+    now[0] += 0.02
+    engine.step()
+    assert behind() == 0
+    while short.finish is None:
+        engine.step()
+        assert (behind() == 0) == (short.finish is not None)
+    engine.step()
+    assert behind() > 0
+    engine.end(long, FinishReason.ABORT)
+    assert behind() == 0
 
 
 @pytest.mark.parametrize("kind", ["prefill", "decode"])

@@ -70,6 +70,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine.check_integrity()
         for sequence, outputs in self.outputs.items():
             assert (sequence.finish is not None) == any(output.finish is not None for output in outputs)
+        self.engine.book()
         totals = self.totals()
         assert totals["compute_flops_total"] == sum(sequence.flops.total for sequence in self.sequences)
         assert totals["compute_full_flops_total"] == sum(sequence.full_flops for sequence in self.sequences)
