@@ -124,12 +124,12 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
     def resize_state_space(self, state: ModelState, d_state: int | Tensor) -> None:
         """Run the trunk at ``d_state`` columns from here on (one size, or one per sequence [B]); routes live states.
 
-        The tensors are as wide as the widest row needs.
+        The tensors are as wide as the widest row needs. Bytes that the states have still to read may go on waiting: to
+        read is linear in a state, with the same decay in all columns, and only columns of every size are written.
 
         Raises:
             ValueError: a size is not one of the levels.
         """
-        self.settle(state)
         columns = torch.as_tensor(d_state, device=state.columns.device).expand(len(state.columns))
         state.trunk = tuple(
             BlockState(block.conv_state, self.router.route_states(block.ssm_state, columns)) for block in state.trunk

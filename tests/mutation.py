@@ -214,10 +214,6 @@ MUTATIONS = (
         "np.flatnonzero(fired & (waiting > 0) | between", "np.flatnonzero(between", (STEPS, READING),
     ),
     Mutation(
-        "a state is resized before it has read what waits", SYSTEM,
-        "        self.settle(state)\n        columns =", "        columns =", (READING,),
-    ),
-    Mutation(
         "compiled: the floor's states read on", LOOPS,
         "between = (rates > 0.0) & ~fired", "between = ~fired", (READING,),
     ),

@@ -86,9 +86,6 @@ class ModelRunner:
         tokens = torch.zeros(1, self._model.config.block_size, dtype=torch.int64, device=self._model.device)
         self._model.prefill(tokens, state, 0.5)
         self._model.step(tokens[:, 0], state, torch.tensor([0.5], dtype=torch.float64, device=self._model.device))
-        if self._model.config.propagation_rank:
-            state.router.waiting.fill_(1)  # as if the trunk's states still had a byte to read
-            self._model.settle(state)
         warm_up_draws()
 
     def resume(self, sequence: Sequence) -> None:

@@ -35,7 +35,7 @@ assert not any(compiled().values())
 runner.warm_up()
 warm = compiled()
 used = ["encode_rows", "decode_rows", "keep_window", "mixer_rows", "density_rows", "plan_block", "draw_rows"]
-for loop in (*used, *(["read_waiting"] if rank else [])):
+for loop in used:
     assert warm[loop] == 1, warm
 limits = Limits.for_states(runner.state_sizes, running=5, block_size=runner.block_size)
 engine = Engine(runner, Scheduler(limits, runner.state_sizes), Metrics("tiny"), time.monotonic)
