@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,10 +69,15 @@ def generate(source: Mamba2ForCausalLM, ids: list[int], count: int) -> list[int]
     return output[0, len(ids) :].tolist()
 
 
-def script(monkeypatch: pytest.MonkeyPatch, tokens: list[int]) -> None:
-    """Let the server generate these tokens, whatever the model says."""
+def script(monkeypatch: pytest.MonkeyPatch, tokens: list[int], pause: float = 0.0) -> None:
+    """Let the server generate these tokens, whatever the model says, and wait so many seconds before each."""
     rest = list(tokens)
-    monkeypatch.setattr("service.engine.model_runner.sample", lambda _, sequences: [rest.pop(0) for _ in sequences])
+
+    def scripted(_: object, sequences: list) -> list[int]:
+        time.sleep(pause)
+        return [rest.pop(0) for _ in sequences]
+
+    monkeypatch.setattr("service.engine.model_runner.sample", scripted)
 
 
 def events(server: Running, path: str, body: dict) -> list[dict]:
@@ -151,7 +157,7 @@ def test_streamed_text_is_whole_characters(
 ) -> None:
     tokens = tokenizer.tokens(MIXED)
     assert any("bytes:" in tokenizer.token_name(token) for token in tokens)
-    script(monkeypatch, tokens)
+    script(monkeypatch, tokens, pause=0.03)  # longer than text of a stream waits for company
     body = {"prompt": "日", "max_tokens": len(tokens), "temperature": 0, "echo": True}
     pieces = [chunk["choices"][0]["text"] for chunk in events(server, "/v1/completions", body)]
     assert "".join(pieces) == f"日{MIXED}"
