@@ -115,7 +115,7 @@ def measure(model: AdaptiveAttentionSystem, tokens: Tensor) -> tuple[dict[str, f
     lost = (costs["floor"] - costs["full"]).numpy() / math.log(2.0)
     runs = slice(0, inputs.shape[1] // 64 * 64)
     by_run = [value[:, runs].reshape(-1, 64).mean(1) for value in (density.numpy(), lost)]
-    share = model.cost.fire / model.cost.full_flops(1, 1)
+    share = model.cost.fire() / model.cost.full_flops(1, 1)
     figures = {f"{name} (bits per byte)": float(cost.mean()) / math.log(2.0) for name, cost in costs.items()}
     figures |= {
         DIVERGENCE: float(divergence.mean()),

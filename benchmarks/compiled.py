@@ -24,6 +24,7 @@ import model.lm
 from benchmarks.budget_latency import sample_text
 from benchmarks.machine import describe_machine
 from model.checkpoint import EMBEDDED_CHECKPOINT, load_checkpoint
+from model.cost import Rates
 from model.device import set_threads
 from model.lm import AdaptiveAttentionSystem
 from model.tokenizer import ByteTokenizer
@@ -52,10 +53,10 @@ def main() -> None:
         rates = system.cost.rates(budget)
         for batch in map(int, arguments.batches.split(",")):
             columns = tokens[: batch * (WARM_UP + arguments.steps)].view(batch, -1)
-            ratio = compare(partial(time_steps, system, columns, rates.decode), arguments.rounds)
+            ratio = compare(partial(time_steps, system, columns, rates), arguments.rounds)
             rows.append({"what": "step", "budget": budget, "size": batch, "time_ratio": ratio})
         for length in map(int, arguments.lengths.split(",")):
-            ratio = compare(partial(time_prefill, system, tokens[None, :length], rates.prefill), arguments.rounds)
+            ratio = compare(partial(time_prefill, system, tokens[None, :length], rates), arguments.rounds)
             rows.append({"what": "prefill", "budget": budget, "size": length, "time_ratio": ratio})
     if arguments.json:
         print(json.dumps({**describe_machine(), "model": system.config.name, "rows": rows}, indent=2))
@@ -90,10 +91,10 @@ def plain() -> Iterator[None]:
 
 
 @torch.inference_mode()
-def time_steps(system: AdaptiveAttentionSystem, tokens: torch.Tensor, rate: float) -> float:
+def time_steps(system: AdaptiveAttentionSystem, tokens: torch.Tensor, bought: Rates) -> float:
     """Seconds of reading tokens [B, WARM_UP + n] byte by byte, the warm-up not counted."""
-    state = system.allocate_state(len(tokens))
-    rates = torch.full((len(tokens),), rate, dtype=torch.float64)
+    state = system.allocate_state(len(tokens), depth=bought.depth)
+    rates = torch.full((len(tokens),), bought.decode, dtype=torch.float64)
     for column in tokens[:, :WARM_UP].unbind(1):
         system.step(column, state, rates)
     began = time.perf_counter()
@@ -102,11 +103,11 @@ def time_steps(system: AdaptiveAttentionSystem, tokens: torch.Tensor, rate: floa
     return time.perf_counter() - began
 
 
-def time_prefill(system: AdaptiveAttentionSystem, tokens: torch.Tensor, rate: float) -> float:
+def time_prefill(system: AdaptiveAttentionSystem, tokens: torch.Tensor, bought: Rates) -> float:
     """Seconds of reading a prompt [1, L] of at most one block."""
-    state = system.allocate_state(1)
+    state = system.allocate_state(1, depth=bought.depth)
     began = time.perf_counter()
-    system.prefill(tokens, state, rate)
+    system.prefill(tokens, state, bought.prefill)
     return time.perf_counter() - began
 
 

@@ -123,7 +123,8 @@ def time_plan(
     model: AdaptiveAttentionSystem, tokens: torch.Tensor, density: Floats, budget: float, rounds: int
 ) -> dict[str, float]:
     """Milliseconds of the plans of a whole prompt at one budget, and their share of reading it."""
-    rate, size = model.cost.rates(budget).prefill, model.config.block_size
+    bought, size = model.cost.rates(budget), model.config.block_size
+    rate = bought.prefill
 
     def plan() -> None:
         fires = last_fire = 0
@@ -134,7 +135,7 @@ def time_plan(
             last_fire = start + int(ends[-1]) if len(ends) else last_fire
 
     def read() -> None:
-        state = model.allocate_state(1)
+        state = model.allocate_state(1, depth=bought.depth)
         for piece in tokens.split(size, dim=1):
             model.prefill(piece, state, rate, predict=False)
 

@@ -35,6 +35,10 @@ class ModelConfig(StrictModel):
     d_trunk: Positive = 256
     encoder_layers: Positive = 1
     trunk_layers: Positive = 4
+    shallow_depths: tuple[Positive, ...] = ()
+    """Numbers of blocks, below ``trunk_layers``, after which the trunk may end; those that follow then do not run."""
+    shallow_budgets: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] = ()
+    """The highest budget at which each of them is used, fitted to validation text; empty: none is."""
     decoder_layers: int = Field(default=1, ge=0, le=64)
     expand: Positive = 2
     headdim: Positive = 64
@@ -75,6 +79,12 @@ class ModelConfig(StrictModel):
         levels = self.d_state_levels
         if not levels or list(levels) != sorted(set(levels)) or levels[-1] != self.d_state:
             raise ValueError(f"d_state_levels = {levels} must rise strictly and end at d_state = {self.d_state}")
+        depths = self.depths
+        if list(depths) != sorted(set(depths)):
+            raise ValueError(f"shallow_depths = {depths[:-1]} must rise strictly and end below {depths[-1]}")
+        budgets = self.shallow_budgets
+        if len(budgets) not in (0, len(depths) - 1) or list(budgets) != sorted(budgets):
+            raise ValueError(f"shallow_budgets = {budgets} must be none, or rise with shallow_depths = {depths[:-1]}")
         if not self.min_tile_size <= self.max_tile_size <= self.block_size:
             raise ValueError(
                 f"tile sizes must satisfy min_tile_size = {self.min_tile_size} <= max_tile_size = "
@@ -88,6 +98,11 @@ class ModelConfig(StrictModel):
         if not self.density_measured and not self.density_hidden:
             raise ValueError("density_hidden must be at least 1 where density_measured is off: nothing else is read")
         return self
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Numbers of blocks that the trunk can run with, all of them last."""
+        return (*self.shallow_depths, self.trunk_layers)
 
     @property
     def projected(self) -> bool:

@@ -57,6 +57,8 @@ class Rates:
 
     prefill: float
     decode: float
+    depth: int | None = None
+    """Blocks of the trunk that run when it fires; None for all."""
 
 
 class CostModel:
@@ -74,28 +76,37 @@ class CostModel:
         window = 2 * config.density_window * config.d_state
         measured = head + 4 * inner * config.d_state + window if config.density_measured else 0
         learned = 2 * config.density_hidden * (config.d_model + 4)  # it also reads the other four features
-        projections = 4 * config.d_model * config.d_trunk if config.projected else 0
+        self._projections = 4 * config.d_model * config.d_trunk if config.projected else 0
+        self._block = block(config.d_trunk)
+        self._layers = config.trunk_layers
         self._unit = Flops(
             encoder=config.encoder_layers * block(config.d_model),
             density=measured + learned,
-            trunk=config.trunk_layers * block(config.d_trunk) + projections,
+            trunk=self.trunk(),
             decoder=config.decoder_layers * block(config.d_model),
             head=head,
         )
-        self._propagation = _propagation(config)
+        self._code, self._read = _propagation(config)
         self._d_state = config.d_state
-        self._column = config.trunk_layers * config.inner(config.d_trunk)
+        self._column = config.inner(config.d_trunk)
         self._lowest_rate = 1.0 / config.max_tile_size
+        self._shallow = tuple(zip(config.shallow_depths, config.shallow_budgets, strict=False))
 
-    @property
-    def propagation(self) -> int:
+    def trunk(self, depth: int | None = None) -> int:
+        """Operations of a fire: of ``depth`` blocks, None for all, and of the projections around them."""
+        return (self._layers if depth is None else depth) * self._block + self._projections
+
+    def propagation(self, depth: int | None = None) -> int:
         """Operations of the trunk's states reading a byte at which it does not run; 0 where they skip it."""
-        return self._propagation
+        return self._code + (self._layers if depth is None else depth) * self._read
 
-    @property
-    def fire(self) -> int:
+    def fire(self, depth: int | None = None) -> int:
         """Operations by which a fire costs more than a byte at which the trunk does not run."""
-        return self._unit.trunk - self._propagation
+        return self.trunk(depth) - self.propagation(depth)
+
+    def depth(self, budget: float) -> int | None:
+        """Blocks of the trunk that run at ``budget``; None for all."""
+        return next((depth for depth, highest in self._shallow if budget <= highest), None)
 
     @property
     def unit(self) -> Flops:
@@ -112,6 +123,7 @@ class CostModel:
         columns: int | None = None,
         *,
         propagated: int | None = None,
+        depth: int | None = None,
     ) -> Flops:
         """Operations spent.
 
@@ -120,14 +132,16 @@ class CostModel:
             analysed: positions at which the density was computed (rates other than 0 and 1).
             columns: of the trunk's state that ran; None for all.
             propagated: positions that the trunk's states read without a tile; None for those analysed that are not one.
+            depth: blocks of the trunk that ran; None for all.
         """
         unit = self._unit
-        spared = 0 if columns is None else (self._d_state - columns) * self._column
+        blocks = self._layers if depth is None else depth
+        spared = 0 if columns is None else (self._d_state - columns) * self._column * blocks
         read = max(analysed - tiles, 0) if propagated is None else propagated
         return Flops(
             encoder=positions * unit.encoder,
             density=analysed * unit.density,
-            trunk=tiles * (unit.trunk - 5 * spared) + read * self._propagation,
+            trunk=tiles * (self.trunk(depth) - 5 * spared) + read * self.propagation(depth),
             decoder=positions * unit.decoder,
             head=logits * unit.head,
         )
@@ -149,42 +163,44 @@ class CostModel:
     @property
     def least_adaptive(self) -> float:
         """The lowest budget that pays for the density and one tile in ``max_tile_size`` bytes."""
-        return self.budget(self._lowest_rate, logits=1)
+        return self.budget(self._lowest_rate, logits=1, depth=self.depth(0.0))
 
-    def budget(self, rate: float, *, logits: int) -> float:
+    def budget(self, rate: float, *, logits: int, depth: int | None = None) -> float:
         """Ratio to full resolution of reading at ``rate`` with ``logits`` (0 or 1) predictions per byte."""
         unit = self._unit
         outer = unit.encoder + unit.decoder + logits * unit.head
         if not self.analysed(rate):
-            return (outer + rate * unit.trunk) / (outer + unit.trunk)
-        return (outer + unit.density + self._propagation + rate * self.fire) / (outer + unit.trunk)
+            return (outer + rate * self.trunk(depth)) / (outer + unit.trunk)
+        between = unit.density + self.propagation(depth)
+        return (outer + between + rate * self.fire(depth)) / (outer + unit.trunk)
 
-    def rate(self, budget: float, *, logits: int) -> float:
-        """Fires per byte that ``budget`` (share of full resolution) pays for; 0 under the least adaptive budget."""
-        if budget >= 1.0:
-            return 1.0
-        if budget < self.least_adaptive:
-            return 0.0
+    def rate(self, budget: float, *, logits: int, depth: int | None = None) -> float:
+        """Fires per byte that ``budget`` (share of full resolution) pays for, at most 1; 0 where it pays for none."""
         unit = self._unit
         outer = unit.encoder + unit.decoder + logits * unit.head
-        spent = budget * (outer + unit.trunk) - outer - unit.density - self._propagation
-        return spent / self.fire
+        left = budget * (outer + unit.trunk) - outer
+        if left >= self.trunk(depth):
+            return 1.0
+        return min(max(left - unit.density - self.propagation(depth), 0.0) / self.fire(depth), 1.0)
 
     def rates(self, budget: float) -> Rates:
-        """Fire rates for a request with this budget; both 0 if it is under :attr:`least_adaptive`."""
-        return Rates(self.rate(budget, logits=0), self.rate(budget, logits=1))
+        """Fire rates and depth for a request with this budget; both rates 0 under :attr:`least_adaptive`."""
+        depth = self.depth(budget)
+        if budget < min(self.least_adaptive, 1.0):
+            return Rates(0.0, 0.0, depth)
+        return Rates(self.rate(budget, logits=0, depth=depth), self.rate(budget, logits=1, depth=depth), depth)
 
 
-def _propagation(config: ModelConfig) -> int:
-    """Of one byte: its code, and in each block of the trunk what the convolution and the state read of it.
+def _propagation(config: ModelConfig) -> tuple[int, int]:
+    """Of one byte: its code, and in a block of the trunk what the convolution and the state read of it.
 
     The columns of the smallest level decay and are written; the others decay with the next tile, for all bytes at once.
     """
     rank = config.propagation_rank
     if not rank:
-        return 0
+        return 0, 0
     inner, heads = config.inner(config.d_trunk), config.heads(config.d_trunk)
     mixed = inner + 2 * config.d_state
     block = 2 * rank * (mixed + heads) + 2 * config.d_conv * mixed
     block += 3 * inner * config.d_state_levels[0]
-    return 2 * config.d_model * rank + config.trunk_layers * block
+    return 2 * config.d_model * rank, block

@@ -73,8 +73,10 @@ class SystemViews:
     final_norm: tuple[Any, float]
     down: Matrix
     """[d_trunk, d_model] of the router; empty where the widths are equal."""
-    up: Matrix
-    """[d_model, d_trunk]."""
+    ups: tuple[Matrix, ...]
+    """[d_model, d_trunk] for each depth, rising."""
+    depths: Any
+    """[D] blocks of the trunk that can run, rising."""
     raw_fading: Any
     """[d_model]."""
     code: Matrix
@@ -107,7 +109,8 @@ def make_views(system: System) -> SystemViews:
         exit_norm=(array(system.exit_norm.weight), system.exit_norm.eps),
         final_norm=(array(system.final_norm.weight), system.final_norm.eps),
         down=matrix(router.down),
-        up=matrix(router.up),
+        ups=tuple(matrix(cast(nn.Linear | None, up)) for up in router.ups()),
+        depths=np.array(system.config.depths),
         raw_fading=array(router.raw_fading),
         code=matrix(router.code),
         propagations=tuple(matrix(one) for one in read),
@@ -152,16 +155,20 @@ def step_plain(system: System, tokens: Tensor, state: ModelState, rates: Tensor,
         )  # fmt: skip
     index, read = fired.nonzero().squeeze(-1), chosen[~fired[chosen]]
     propagates = system.router.code is not None
-    if propagates and len(read):
-        codes = system.router.propagated(hidden[read])
-        for block, block_state in zip(system.trunk, state.trunk, strict=True):
-            cast(AdaptiveMambaBlock, block).mixer.propagate(codes, block_state, rows[read], state.columns[read])
-    if len(index):
-        entered = system.router.to_trunk(hidden[index])
-        age = router.positions[index] + 1 - router.last_fire[index]
-        stretch = None if propagates else age.to(hidden.dtype)
-        left, _ = _run(system.trunk, entered, state.trunk, rows[index], stretch, state.columns[index])
-        router.held.index_copy_(0, index, system.router.from_trunk(left - entered))
+    for depth in system.config.depths:
+        blocks, states = system.trunk[:depth], state.trunk[:depth]
+        some = read[state.depth[read] == depth]
+        if propagates and len(some):
+            codes = system.router.propagated(hidden[some])
+            for block, block_state in zip(blocks, states, strict=True):
+                cast(AdaptiveMambaBlock, block).mixer.propagate(codes, block_state, rows[some], state.columns[some])
+        some = index[state.depth[index] == depth]
+        if len(some):
+            entered = system.router.to_trunk(hidden[some])
+            age = router.positions[some] + 1 - router.last_fire[some]
+            stretch = None if propagates else age.to(hidden.dtype)
+            left, _ = _run(blocks, entered, states, rows[some], stretch, state.columns[some])
+            router.held.index_copy_(0, some, system.router.from_trunk(left - entered, depth))
     advance(router, fired, rates)
     output = hidden + system.router.fade(router.held, router.positions - router.last_fire)
     if len(system.decoder):
@@ -208,8 +215,8 @@ def step_compiled(system: System, tokens: Tensor, state: ModelState, rates: Tens
     later = _later(views, state)
     kept = (router.held, router.last_fire, router.fires, router.quota, router.positions, router.codes, router.waiting)
     logits = decode_rows(
-        fired, wanted, hidden, places, state.columns.numpy(), len(views.trunk), later, views.propagations,
-        views.code, views.down, views.up, views.raw_fading, *views.final_norm, views.head,
+        fired, wanted, hidden, places, state.columns.numpy(), state.depth.numpy(), views.depths, later,
+        views.propagations, views.code, views.down, views.ups, views.raw_fading, *views.final_norm, views.head,
         *(value.numpy() for value in kept),
     )  # fmt: skip
     return StepOutput(torch.from_numpy(logits), torch.from_numpy(fired))
@@ -220,8 +227,8 @@ def read_codes(system: System, state: ModelState) -> None:
     views, router = system.views(), state.router
     waiting = router.waiting.numpy()
     read_waiting(
-        waiting.nonzero()[0], _all_rows(len(waiting)), state.columns.numpy(), router.codes.numpy(), waiting,
-        _later(views, state), views.propagations,
+        waiting.nonzero()[0], _all_rows(len(waiting)), state.columns.numpy(), state.depth.numpy(),
+        router.codes.numpy(), waiting, _later(views, state), views.propagations,
     )  # fmt: skip
 
 

@@ -98,8 +98,11 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         """[V, d_model] of both heads."""
         return self.embedding.weight if self.config.tied_head else self.output.weight
 
-    def allocate_state(self, batch: int, *, d_state: int | None = None) -> ModelState:
-        """The state of ``batch`` sequences that have read nothing, the trunk's at ``d_state`` columns (default all)."""
+    def allocate_state(self, batch: int, *, d_state: int | None = None, depth: int | None = None) -> ModelState:
+        """The state of ``batch`` sequences that have read nothing, the trunk's at ``d_state`` columns (default all).
+
+        Its first ``depth`` blocks run (default all).
+        """
         device = self.device
 
         def zeros(blocks: nn.ModuleList) -> tuple[BlockState, ...]:
@@ -116,7 +119,10 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
             density=self.density.zero_state(batch, device),
             router=RouterState(held, counters[0], counters[1], quota, counters[2], codes, counters[3]),
             columns=torch.full((batch,), self.config.d_state, dtype=torch.int64, device=device),
+            depth=torch.full((batch,), self.config.trunk_layers, dtype=torch.int64, device=device),
         )
+        if depth is not None:
+            self.set_depth(state, depth)
         if d_state is not None:
             self.resize_state_space(state, d_state)
         return state
@@ -135,6 +141,19 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
             BlockState(block.conv_state, self.router.route_states(block.ssm_state, columns)) for block in state.trunk
         )
         state.columns = columns.clone()
+
+    def set_depth(self, state: ModelState, depth: int) -> None:
+        """Run ``depth`` blocks of the trunk from here on, in every row; bytes that wait are read as before.
+
+        Blocks that did not run have read nothing: they go on from where they stood.
+
+        Raises:
+            ValueError: the depth is not one of the model's.
+        """
+        if depth not in self.config.depths:
+            raise ValueError(f"depth = {depth} must be one of {self.config.depths}")
+        self.settle(state)
+        state.depth = torch.full_like(state.depth, depth)
 
     def settle(self, state: ModelState) -> None:
         """Let the trunk's states read what they have put off, so that they are up to date; replaces them if need be."""
@@ -168,7 +187,7 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
 
         Args:
             hidden: [B, L, d_model] encoder outputs. fires: [B, L] bool, None for every position.
-            state: before them; its trunk, decoder and router rows are replaced by those after them.
+            state: before them, all rows at one depth; its trunk, decoder and router rows are replaced by those after.
             propagate: whether the trunk's states read the bytes between fires, if this model can: at the floor, where
                 no fire will ever look at them, they do not.
 
@@ -199,6 +218,23 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         output, state.decoder, _ = self._run(self.decoder, hidden + spread, state.decoder)
         return output
 
+    def combine_everywhere(self, hidden: Tensor, depths: Sequence[int]) -> list[Tensor]:
+        """Decoder outputs [B, L, d_model] of whole texts at several ``depths``, rising, the trunk run at every byte.
+
+        A block runs once for all depths that have it; what :meth:`combine` would do at one of them is the same.
+
+        Args:
+            hidden: [B, L, d_model] encoder outputs.
+        """
+        state, outputs, start = self.allocate_state(len(hidden)), [], 0
+        left = entered = self.router.to_trunk(hidden).to(hidden.dtype)
+        for depth in depths:
+            left, _, _ = self._run(self.trunk[start:depth], left, state.trunk[start:depth])
+            update = self.router.from_trunk(left - entered, depth).to(hidden.dtype)
+            outputs.append(self._run(self.decoder, hidden + update, state.decoder)[0])
+            start = depth
+        return outputs
+
     def _run_trunk(
         self,
         selected: Tensor,
@@ -214,8 +250,12 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         entered = self.router.to_trunk(selected).to(selected.dtype)  # residuals keep their precision under autocast
         width = state.trunk[0].ssm_state.shape[-1]
         columns = None if bool((state.columns == width).all()) else state.columns
-        left, state.trunk, _ = self._run(self.trunk, entered, state.trunk, stretch, lengths, columns, propagated)
-        return self.router.from_trunk(left - entered).to(selected.dtype)
+        depth = int(state.depth[0])
+        assert bool((state.depth == depth).all()), "a pass runs at one depth"
+        blocks, states = self.trunk[:depth], state.trunk[:depth]
+        left, after, _ = self._run(blocks, entered, states, stretch, lengths, columns, propagated)
+        state.trunk = after + state.trunk[depth:]
+        return self.router.from_trunk(left - entered, depth).to(selected.dtype)
 
     def _run(
         self,
@@ -244,14 +284,16 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
             after.append(new)
         return hidden, tuple(after), trace
 
-    def forward(self, tokens: Tensor, fires: Tensor | None = None, *, d_state: int | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, fires: Tensor | None = None, *, d_state: int | None = None, depth: int | None = None
+    ) -> Tensor:
         """Logits [B, L, V] of whole sequences.
 
         Args:
             tokens: [B, L] int64. fires: [B, L] bool, where the trunk runs; None for everywhere.
-            d_state: state size of the trunk, one of the levels.
+            d_state: state size of the trunk, one of the levels. depth: blocks of the trunk that run, one of the depths.
         """
-        state = self.allocate_state(len(tokens), d_state=d_state)
+        state = self.allocate_state(len(tokens), d_state=d_state, depth=depth)
         encoded = self.encode(tokens, state.encoder)
         return self.head(self.combine(encoded.hidden, fires, state))
 
@@ -370,7 +412,7 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
             return step(self, tokens, state, rates, None)
         # The large states are reached by row; the small ones are gathered.
         density, router = state.density.gather(rows), state.router.gather(rows)
-        part = replace(state, density=density, router=router, columns=state.columns[rows])
+        part = replace(state, density=density, router=router, columns=state.columns[rows], depth=state.depth[rows])
         output = step(self, tokens, part, rates, rows)
         state.density.scatter_(rows, density)
         state.router.scatter_(rows, router)

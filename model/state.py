@@ -144,7 +144,7 @@ class RouterState(Rows):
 @dataclass(slots=True)
 class ModelState(Rows):
     """Everything an :class:`~model.lm.AdaptiveAttentionSystem` carries between calls; zero at the start but for
-    ``columns``.
+    ``columns`` and ``depth``.
     """
 
     encoder: tuple[BlockState, ...]
@@ -154,6 +154,8 @@ class ModelState(Rows):
     router: RouterState
     columns: Tensor
     """[B] int64, columns of the trunk's ssm_state that run; those beyond are zero."""
+    depth: Tensor
+    """[B] int64, blocks of the trunk that run; the states of those beyond read nothing."""
 
 
 def zero_block_state(

@@ -226,6 +226,22 @@ MUTATIONS = (
         "propagated.codes.flatten(0, 1)[rest]", "propagated.codes.flatten(0, 1).roll(1, 0)[rest]", (STEPS, READING),
     ),
     Mutation(
+        "what waits is read by the blocks that run from now on", SYSTEM,
+        "self.settle(state)\n        state.depth =", "state.depth =", ("tests/model/test_depth.py", READING),
+    ),
+    Mutation(
+        "compiled: what waits is read by every block of the trunk", LOOPS,
+        "some = chosen[: np.sum(depth[chosen] > i)]", "some = chosen", ("tests/model/test_depth.py",),
+    ),
+    Mutation(
+        "compiled: every depth leaves the trunk by the projection of the whole", LOOPS,
+        "project_rows(update, ups[k])", "project_rows(update, ups[-1])", (STEPS,),
+    ),
+    Mutation(
+        "operations of blocks that did not run billed", "model/cost.py",
+        "tiles * (self.trunk(depth) -", "tiles * (self.trunk() -", ("tests/model/test_depth.py",),
+    ),
+    Mutation(
         "operations between fires not billed", "model/cost.py",
         "read = max(analysed - tiles, 0)", "read = 0 * max(analysed - tiles, 0)", ("tests/model/test_cost.py",),
     ),

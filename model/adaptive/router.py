@@ -22,13 +22,20 @@ class CrossScaleRouter(nn.Module):
         super().__init__()
         self.d_state = config.d_state
         self.levels = config.d_state_levels
+        self.depths = len(config.depths)
         if config.projected:
             self.down: nn.Linear | None = nn.Linear(config.d_model, config.d_trunk, bias=False)
             self.up: nn.Linear | None = nn.Linear(config.d_trunk, config.d_model, bias=False)
             nn.init.orthogonal_(self.down.weight)
-            nn.init.normal_(self.up.weight, std=config.d_trunk**-0.5)
+            shallow = {
+                str(depth): nn.Linear(config.d_trunk, config.d_model, bias=False) for depth in config.depths[:-1]
+            }
+            for up in (self.up, *shallow.values()):
+                nn.init.normal_(up.weight, std=config.d_trunk**-0.5)
+            self.shallow_up = nn.ModuleDict(shallow)
         else:
             self.down = self.up = None
+            self.shallow_up = nn.ModuleDict()
         self.norm_eps = config.norm_eps
         self.code = nn.Linear(config.d_model, config.propagation_rank, bias=False) if config.propagation_rank else None
         if self.code is not None:
@@ -40,9 +47,17 @@ class CrossScaleRouter(nn.Module):
         """Outer width to trunk width, [..., d_model] -> [..., d_trunk]."""
         return selected if self.down is None else self.down(selected)
 
-    def from_trunk(self, update: Tensor) -> Tensor:
-        """Trunk width to outer width, [..., d_trunk] -> [..., d_model]."""
+    def from_trunk(self, update: Tensor, depth: int | None = None) -> Tensor:
+        """Trunk width to outer width, [..., d_trunk] -> [..., d_model], after ``depth`` blocks (None: all)."""
+        if str(depth) in self.shallow_up:
+            return cast(Tensor, self.shallow_up[str(depth)](update))
         return update if self.up is None else self.up(update)
+
+    def ups(self) -> list[nn.Module | None]:
+        """What :meth:`from_trunk` applies at each depth, rising; None where the widths are equal."""
+        if self.up is None:
+            return [None] * self.depths
+        return [*self.shallow_up.values(), self.up]
 
     def propagated(self, hidden: Tensor) -> Tensor:
         """What the trunk's states read of bytes where it does not fire, [..., d_model] -> [..., propagation_rank].

@@ -104,13 +104,14 @@ class Experiment:
             scores.positions += len(passage)
             scores.full_flops += full_flops(self.model.cost, passage)
             placements = self._place(text, cells)
-            bits = score(self.model, passage, placements, lambda done: progress(done * len(cells)))
+            depths = [rates.depth for _, rates in cells.values()]
+            bits = score(self.model, passage, placements, depths, lambda done: progress(done * len(cells)))
             for (key, (arm, rates)), fires, needed in zip(cells.items(), placements, bits, strict=True):
                 paid = analysed(arm, rates)
-                scores.tallies[key].add(self.model.cost, passage, fires, float(needed), analysed=paid)
+                scores.tallies[key].add(self.model.cost, passage, fires, float(needed), rates.depth, analysed=paid)
             for name, plain in self.plain.items():
                 everywhere = np.ones(len(passage), np.uint8)
-                needed = score(plain, passage, [everywhere], progress)[0]
+                needed = score(plain, passage, [everywhere], [None], progress)[0]
                 tally = scores.tallies.setdefault((PLAIN, name), Tally())
                 tally.add(plain.cost, passage, everywhere, float(needed), analysed=False)
         return scores

@@ -32,7 +32,9 @@ class Point:
     def end(self) -> int | None:
         """1 at full resolution, 0 where the trunk never runs, None between: only there arms differ."""
         rate = self.rates.decode
-        return None if 0.0 < rate < 1.0 else int(rate >= 1.0)
+        if rate <= 0.0:
+            return 0
+        return 1 if rate >= 1.0 and self.rates.depth is None else None
 
 
 def make_points(cost: CostModel, budgets: Iterable[float | str], rates: Iterable[Fraction]) -> list[Point]:
@@ -70,9 +72,11 @@ def match_rates(
     """
     positions = sum(len(text.passage) for text in texts)
     spared = positions * cost.unit.density if analysed(reference, point.rates) and not analysed(arm, point.rates) else 0
-    wanted = min(fires + (0.0 if arm.equal_rate else spared / cost.fire), float(positions))
-    spent = sum(spent_flops(cost, text.passage, 0, analysed=analysed(arm, point.rates)) for text in texts)
-    tolerance = TOLERANCE * (spent + wanted * cost.fire) / cost.fire
+    fire = cost.fire(point.rates.depth)
+    wanted = min(fires + (0.0 if arm.equal_rate else spared / fire), float(positions))
+    paid = analysed(arm, point.rates)
+    spent = sum(spent_flops(cost, text.passage, 0, point.rates.depth, analysed=paid) for text in texts)
+    tolerance = TOLERANCE * (spent + wanted * fire) / fire
     factor, best, least = max(wanted, 1.0) / max(fires, 1), point.rates, math.inf
     low, high = 0.0, math.inf  # factors known to give too few fires, and too many
     for _ in range(_TRIES):

@@ -31,12 +31,14 @@ class Tally:
     fires: int = 0
     spent_flops: int = 0
 
-    def add(self, cost: CostModel, passage: Passage, fires: Bytes, bits: float, *, analysed: bool) -> None:
-        """Count a passage placed by ``fires`` [L]; ``analysed`` whether its density had to be computed."""
+    def add(
+        self, cost: CostModel, passage: Passage, fires: Bytes, bits: float, depth: int | None = None, *, analysed: bool
+    ) -> None:
+        """Count a passage placed by ``fires`` [L] of ``depth`` blocks (None: all), its density computed or not."""
         fired = int(fires.sum())
         self.bits += bits
         self.fires += fired
-        self.spent_flops += spent_flops(cost, passage, fired, analysed=analysed)
+        self.spent_flops += spent_flops(cost, passage, fired, depth, analysed=analysed)
 
 
 @dataclass(slots=True)
@@ -51,11 +53,12 @@ class DocumentScores:
     tallies: dict[Key, Tally] = field(default_factory=dict)
 
 
-def spent_flops(cost: CostModel, passage: Passage, fired: int, *, analysed: bool) -> int:
+def spent_flops(cost: CostModel, passage: Passage, fired: int, depth: int | None = None, *, analysed: bool) -> int:
     """Operations of reading a passage with ``fired`` trunk steps and predicting its scored tokens."""
     length = len(passage)
     propagated = length - fired if fired else None  # also for those that do not pay for the density
-    return cost.flops(length, fired, passage.logits, length if analysed else 0, propagated=propagated).total
+    read = length if analysed else 0
+    return cost.flops(length, fired, passage.logits, read, propagated=propagated, depth=depth).total
 
 
 def full_flops(cost: CostModel, passage: Passage) -> int:
@@ -68,15 +71,17 @@ def score(
     model: AdaptiveAttentionSystem,
     passage: Passage,
     placements: Sequence[Bytes],
+    depths: Sequence[int | None],
     progress: Callable[[int], object] = lambda _: None,
 ) -> Floats:
     """Bits [n] of the scored tokens of a passage under n placements, each fires [L]; the encoder runs once for all.
 
+    ``depths`` are the blocks of the trunk that run at each, None for all.
     ``progress`` is called with the scored bytes of each piece read.
     """
     piece = piece_length(model)
     encoder = model.allocate_state(1).encoder
-    states = [model.allocate_state(1) for _ in placements]
+    states = [model.allocate_state(1, depth=depth) for depth in depths]
     everywhere = [bool(fires.all()) for fires in placements]
     somewhere = [bool(fires.any()) for fires in placements]
     nats = np.zeros(len(placements))

@@ -67,9 +67,10 @@ class StrictEvaluation:
         for passage in self._cutter.cut(document):
             signal = self._signal(passage)
             placements = [self._arm.place(passage, signal, rates) for rates in self._rates]
-            bits = score(self.model, passage, placements, progress)
+            depths = [rates.depth for rates in self._rates]
+            bits = score(self.model, passage, placements, depths, progress)
             for tally, rates, fires, needed in zip(self.scores, self._rates, placements, bits, strict=True):
-                tally.add(cost, passage, fires, float(needed), analysed=cost.analysed(rates.decode))
+                tally.add(cost, passage, fires, float(needed), rates.depth, analysed=cost.analysed(rates.decode))
                 tally.bytes += passage.bytes
                 tally.full_flops += full_flops(cost, passage)
 

@@ -735,10 +735,17 @@ def _read_codes(
 
 
 @njit(cache=True, nogil=True)
+def _deepest_first(chosen: Integers, depth: Integers) -> Integers:  # pragma: no cover - compiled
+    """Some of n rows in the order of their ``depth`` [n], so that those that a block runs for stand together."""
+    return chosen[np.argsort(-depth[chosen], kind="mergesort")]
+
+
+@njit(cache=True, nogil=True)
 def read_waiting(
     chosen: Integers,
     rows: Integers,
     columns: Integers,
+    depth: Integers,
     codes: Singles,
     waiting: Integers,
     blocks: tuple[Any, ...],
@@ -750,9 +757,11 @@ def read_waiting(
 
     Args:
         chosen: those of n rows that read. rows: [n] rows of the states. columns: [n] of the state that run.
+        depth: [n] blocks that read, the first ones.
         codes: [n, W, r], of which the first ``waiting`` [n] count; none wait afterwards.
         blocks: as in :func:`decode_rows`. propagations: a matrix [x B C | dt, r] for each block of the trunk.
     """
+    chosen = _deepest_first(chosen, depth)
     starts = np.zeros(chosen.shape[0] + 1, np.int64)
     for i, row in enumerate(chosen):
         starts[i + 1] = starts[i] + waiting[row]
@@ -761,10 +770,13 @@ def read_waiting(
         together[starts[i] : starts[i + 1]] = codes[row, : waiting[row]]
         waiting[row] = 0
     for i in range(len(propagations)):
+        some = chosen[: np.sum(depth[chosen] > i)]
+        if not len(some):
+            break
         levels, _, conv, per_head = blocks[i][:4]
         _read_codes(
-            rows[chosen], starts, together, columns[chosen], propagations[i], levels, conv, per_head, *blocks[i][8:10],
-            *blocks[i][12:],
+            rows[some], starts, together[: starts[len(some)]], columns[some], propagations[i], levels, conv, per_head,
+            *blocks[i][8:10], *blocks[i][12:],
         )  # fmt: skip
 
 
@@ -800,12 +812,13 @@ def decode_rows(
     hidden: Singles,
     rows: Integers,
     columns: Integers,
-    trunk_layers: int,
+    depth: Integers,
+    depths: Integers,
     blocks: tuple[Any, ...],
     propagations: tuple[Matrix, ...],
     code: Matrix,
     down: Matrix,
-    up: Matrix,
+    ups: tuple[Matrix, ...],
     raw_fading: Singles,
     final_norm: Singles,
     eps: float,
@@ -822,10 +835,12 @@ def decode_rows(
 
     Args:
         fired: [n]. rates: [n]. rows: [n] rows of the blocks' states. columns: [n] of the trunk's state that run.
-        blocks: a tuple for each block of trunk and decoder, as of :func:`encode_rows`. trunk_layers: of the trunk.
+        depth: [n] blocks of the trunk that run. depths: those that there are, rising.
+        blocks: a tuple for each block of trunk and decoder, as of :func:`encode_rows`.
         propagations: a matrix [x B C | dt, r] for each block of the trunk, and code: [r, d_model] of the router; empty
             where the states do not read what the trunk skips.
-        down: [d_trunk, d_model] and up: [d_model, d_trunk] of the router; empty where the widths are equal.
+        down: [d_trunk, d_model] of the router, and ups: [d_model, d_trunk] for each depth; empty where the widths are
+            equal.
         head: [V, d_model]. codes, waiting: as in :func:`read_waiting`. All others as in :func:`hold_rows`.
     """
     no_trace = np.empty((0, 0), np.float32), np.empty((0, 0), np.float32)
@@ -835,7 +850,7 @@ def decode_rows(
         between = (rates > 0.0) & ~fired
         due = np.flatnonzero(fired & (waiting > 0) | between & (waiting == codes.shape[1]))
         if len(due):
-            read_waiting(due, rows, columns, codes, waiting, blocks, propagations)
+            read_waiting(due, rows, columns, depth, codes, waiting, blocks, propagations)
         skipping = np.flatnonzero(between)
         skipped = np.empty((len(skipping), hidden.shape[1]), np.float32)
         for i, row in enumerate(skipping):
@@ -845,6 +860,7 @@ def decode_rows(
             codes[row, waiting[row]] = new[i]
             waiting[row] += 1
     if len(index):
+        index = _deepest_first(index, depth)
         stretch = np.empty(len(index), np.float32)
         selected = np.empty((len(index), hidden.shape[1]), np.float32)
         for i, row in enumerate(index):
@@ -852,14 +868,21 @@ def decode_rows(
             selected[i] = hidden[row]
         entered = project_rows(selected, down) if down[0].shape[0] else selected
         left = entered.copy()
-        for i in range(trunk_layers):
-            block_rows(rows[index], left, stretch, columns[index], False, trace, *blocks[i])
-        update = project_rows(left - entered, up) if up[0].shape[0] else left - entered
-        for i, row in enumerate(index):
-            held[row] = update[i]
+        for i in range(depths[-1]):
+            some = index[: np.sum(depth[index] > i)]
+            if not len(some):
+                break
+            block_rows(rows[some], left[: len(some)], stretch, columns[some], False, trace, *blocks[i])
+        for k in range(len(ups)):
+            first, last = np.sum(depth[index] > depths[k]), np.sum(depth[index] >= depths[k])
+            if first < last:
+                update = left[first:last] - entered[first:last]
+                update = project_rows(update, ups[k]) if ups[k][0].shape[0] else update
+                for i in range(first, last):
+                    held[index[i]] = update[i - first]
     output = hold_rows(fired, rates, hidden, raw_fading, held, last_fire, fires, quota, positions)
     stretch = np.zeros(len(rows), np.float32)
-    for i in range(trunk_layers, len(blocks)):
+    for i in range(depths[-1], len(blocks)):
         full = np.full(len(rows), blocks[i][-1].shape[3])
         block_rows(rows, output, stretch, full, False, trace, *blocks[i])
     return project_rows(norm_rows(output, final_norm, eps), head)

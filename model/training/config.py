@@ -35,19 +35,24 @@ class TrainingConfig(StrictModel):
     plain: bool = False
     """Train at full resolution only: the plain Mamba-2 to compare with."""
     full_weight: float = Field(default=0.5, ge=0, le=1)
-    """Share of the full-resolution loss; what full resolution and floor leave belongs to a reduced pass over the same
-    bytes."""
+    """Share of the full-resolution loss; what full resolution, smaller depths and floor leave belongs to a reduced pass
+    over the same bytes."""
+    shallow_weight: float = Field(default=0.0, ge=0, le=1)
+    """Share of the loss of a trunk that runs everywhere but ends at a smaller depth, in every step; depths share it."""
     floor_weight: float = Field(default=0.0, ge=0, le=1)
     """Share of the loss of a pass whose trunk never fires, in every step."""
     # Passes at reduced rates from the first step on cost full resolution most of what its trunk could have learned.
     ends_share: float = Field(default=0.0, ge=0, le=1)
-    """Share of the steps, the first ones, that train full resolution and the floor alone: no early exit, no density."""
+    """Share of the steps, the first ones, that train full resolution, smaller depths and the floor alone, by their
+    weights: no early exit, no density."""
     floor_share: float = Field(default=0.33, ge=0, le=1)
     """Share of steps whose reduced pass never fires."""
     uniform_share: float = Field(default=0.2, ge=0, le=1)
     """Share of the other reduced passes that fire at a uniform stride."""
     level_share: float = Field(default=0.2, ge=0, le=1)
     """Share of reduced passes that run at a smaller state size."""
+    shallow_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of reduced passes that run at a smaller depth, where there is one."""
     # Drawn uniformly: drawn uniformly by logarithm, middle budgets were hardly better than the floor.
     lowest_rate: float = Field(default=1 / 64, gt=0, le=1)
     """Of the other reduced passes."""
@@ -78,12 +83,20 @@ class TrainingConfig(StrictModel):
     """Steps between two saved states."""
 
     @property
+    def fixed_weight(self) -> float:
+        """Share of the losses that every step has."""
+        return self.full_weight + self.shallow_weight + self.floor_weight
+
+    @property
     def first_reduced(self) -> int:
         """The first step whose reduced pass may run at any rate."""
         return round(self.ends_share * self.steps)
 
     @model_validator(mode="after")
     def _check_weights(self) -> Self:
-        if self.full_weight + self.floor_weight > 1.0:
-            raise ValueError(f"full_weight + floor_weight = {self.full_weight + self.floor_weight:g} must be at most 1")
+        fixed = self.fixed_weight
+        if fixed > 1.0 + 1e-9:
+            raise ValueError(f"full_weight + shallow_weight + floor_weight = {fixed:g} must be at most 1")
+        if self.ends_share > 0.0 and fixed <= 0.0:
+            raise ValueError("full_weight, shallow_weight or floor_weight must be above 0 where ends_share is")
         return self

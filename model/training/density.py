@@ -91,7 +91,7 @@ def run_fit(arguments: argparse.Namespace) -> int:
         tokens = text.batch(arguments.seed, step, READ, arguments.length).to(model.device)
         evidence.append(read_evidence(model, tokens, arguments.foresight))
     fit_density(model, evidence)
-    calibrate(model, held_out.batch(0, 0, READ, arguments.length)[:, :-1].to(model.device))
+    calibrate(model, held_out.batch(0, 0, READ, arguments.length).to(model.device))
     read = {"density_bytes": count * READ * arguments.length, "density_seed": arguments.seed}
     save_checkpoint(model.requires_grad_(False), arguments.output, config.provenance | read, config.special_tokens)
     return 0

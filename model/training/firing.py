@@ -24,7 +24,9 @@ class Reduced:
     momentum: float
     """Of the running statistics of the density features."""
     ends_only: bool = False
-    """Whether nothing but full resolution and the floor is trained: neither the early exit nor the density."""
+    """Whether nothing but full resolution, smaller depths and the floor is trained: no early exit, no density."""
+    depth: int | None = None
+    """Blocks of the trunk that run; None for all."""
 
 
 def sample_reduced(config: TrainingConfig, shape: ModelConfig, step: int) -> Reduced:
@@ -39,7 +41,11 @@ def sample_reduced(config: TrainingConfig, shape: ModelConfig, step: int) -> Red
         d_state = int(random.choice(lower))
     low, high = config.lowest_rate, config.highest_rate
     rate = 0.0 if floor < config.floor_share else low + where * (high - low)
-    return Reduced(rate, uniform < config.uniform_share, d_state, max(0.02, 1.0 / (step - config.first_reduced + 1)))
+    depth = None
+    if shape.shallow_depths and random.random() < config.shallow_share:
+        depth = int(random.choice(shape.shallow_depths))
+    momentum = max(0.02, 1.0 / (step - config.first_reduced + 1))
+    return Reduced(rate, uniform < config.uniform_share, d_state, momentum, depth=depth)
 
 
 def fit_log_threshold(tiles: TileManager, densities: list[Floats], rate: float) -> float:

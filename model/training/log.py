@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 
 from model.training.faults import TrainingError
-from model.training.validation import RATES
+from model.training.validation import SCORES
 
 LOG_FILE = "log.csv"
 
-LOSSES = ("full", "reduced", "floor", "exit")
-"""Bits per byte of training text by pass: at full resolution, at any reduced rate, without the trunk, early exit."""
+LOSSES = ("full", "shallow", "reduced", "floor", "exit")
+"""Bits per byte of training text by pass: at full resolution, at smaller depths, at any reduced rate, without the
+trunk, early exit."""
 
 COLUMNS = (
     "step",
@@ -25,7 +26,7 @@ COLUMNS = (
     "seconds",
     "learning_rate",
     *(f"loss_{name}" for name in LOSSES),
-    *(f"validation_{name}" for name in RATES),
+    *(f"validation_{name}" for name in SCORES),
     "gradient_norm",
     "memory_mib",
 )

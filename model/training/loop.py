@@ -158,7 +158,7 @@ class _Trainer:
         """Calibrate the model, which counts as adapted from now on; one trained at full resolution only stays."""
         self.model.eval()
         if not self._recipe.training.plain:
-            calibrate(self.model, self._validation[:, :-1])
+            calibrate(self.model, self._validation)
             self.model.config = self.model.config.model_copy(update={"adapted": True})
             self._save()
 

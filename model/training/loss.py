@@ -44,42 +44,48 @@ def compute_loss(
 ) -> Loss:
     """Loss of one batch of tokens [B, L + 1]; ``reduced`` None trains the full resolution alone."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    state = model.allocate_state(len(tokens))
-    encoded = model.encode(inputs, state.encoder)
+    encoded = model.encode(inputs, model.allocate_state(len(tokens)).encoder)
+    depths = model.config.depths if config.shallow_weight > 0.0 else model.config.depths[-1:]
     with recorded_inputs(model) as recorded:
-        full_logits = model.head(model.combine(encoded.hidden, None, state))
-    full = cross_entropy(full_logits, targets)
+        outputs = model.combine_everywhere(encoded.hidden, depths)
+    full_logits = model.head(outputs[-1])
+    fresh = {depth: cross_entropy(model.head(output), targets) for depth, output in zip(depths, outputs, strict=True)}
+    full = fresh[depths[-1]]
     loss = Loss(full.mean(), {"full": full.mean().item() / math.log(2.0)})
     if reduced is None:
         return loss
+    task = config.full_weight * full.mean()
+    if len(depths) > 1:
+        shallow = torch.stack([fresh[depth].mean() for depth in depths[:-1]]).mean()
+        task = task + config.shallow_weight * shallow
+        loss.bits["shallow"] = shallow.item() / math.log(2.0)
     if reduced.ends_only:
         floor = end_cost(model, encoded, targets, floor=True)
-        loss.total = config.full_weight * full.mean() + (1.0 - config.full_weight) * floor.mean()
+        loss.total = (task + config.floor_weight * floor.mean()) / config.fixed_weight
         loss.bits["floor"] = floor.mean().item() / math.log(2.0)
         return loss
 
     exit_logits = model.exit_head(encoded.hidden) if model.density.measured or config.exit_weight > 0.0 else None
     density, smoothed = _analyse(model, exit_logits, encoded, reduced)
     fires = torch.from_numpy(choose_fires(model.tiles, smoothed, reduced)).to(inputs.device)
-    state = model.allocate_state(len(tokens), d_state=reduced.d_state)
+    state = model.allocate_state(len(tokens), d_state=reduced.d_state, depth=reduced.depth)
     logits = model.head(model.combine(encoded.hidden, fires, state, propagate=reduced.rate > 0.0))
     cost = cross_entropy(logits, targets)
     with torch.set_grad_enabled(config.floor_weight > 0.0):
         floor = cost if reduced.rate == 0 else end_cost(model, encoded, targets, floor=True)
-    task = config.full_weight * full.mean() + config.floor_weight * floor.mean()
-    task = task + (1.0 - config.full_weight - config.floor_weight) * cost.mean()
+    task = task + config.floor_weight * floor.mean() + (1.0 - config.fixed_weight) * cost.mean()
     information = divergence(logits, full_logits) + density_regression(
         model,
         density,
         mean_ahead(floor.detach() - full.detach(), config.foresight),
-        cost.detach() - full.detach(),
+        cost.detach() - fresh.get(reduced.depth or depths[-1], full).detach(),
         fires,
     )
     if recorded:
         information = information + propagation_error(model, encoded.hidden, recorded)
     loss.total = task + config.lambda_info * information
     if config.lambda_compute > 0.0 and model.cost.analysed(reduced.rate) and not reduced.uniform:
-        loss.total = loss.total + config.lambda_compute * compute_error(model, density, reduced.rate)
+        loss.total = loss.total + config.lambda_compute * compute_error(model, density, reduced.rate, reduced.depth)
     if exit_logits is not None:
         exit_loss = cross_entropy(exit_logits, targets).mean()
         loss.total = loss.total + config.exit_weight * exit_loss
@@ -124,14 +130,15 @@ def divergence(logits: Tensor, full_logits: Tensor) -> Tensor:
     return F.kl_div(mine, full, log_target=True, reduction="sum") / mine[..., 0].numel()
 
 
-def compute_error(model: AdaptiveAttentionSystem, density: Tensor, rate: float) -> Tensor:
+def compute_error(model: AdaptiveAttentionSystem, density: Tensor, rate: float, depth: int | None = None) -> Tensor:
     """Mean over texts of (expected compute - budget)², compute as a share of full resolution.
 
     Args:
         density: [B, L] bits, differentiable. rate: fires per byte that the budget pays for, between 0 and 1.
+        depth: blocks of the trunk that a fire runs; None for all.
     """
     cost = model.cost
-    fire = cost.fire / cost.full_flops(1, 1)
+    fire = cost.fire(depth) / cost.full_flops(1, 1)
     expected = expected_rates(density, rate, model.density.window_size, model.tiles.spread)
     return (fire * (expected - rate)).square().mean().float()
 

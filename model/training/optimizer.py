@@ -64,7 +64,7 @@ class AdaptiveOptimizer:
         for name, parameter in model.named_parameters():
             if name.startswith(("density.", "tiles.")):
                 density.append(parameter)
-            elif name.endswith(
+            elif name.startswith("router.shallow_up.") or name.endswith(
                 ("in_proj.weight", "out_proj.weight", "propagation.weight", "down.weight", "up.weight", "code.weight")
             ):
                 matrices.append(parameter)

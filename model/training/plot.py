@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.training.log import read_log
-from model.training.validation import RATES
+from model.training.validation import RATES, SCORES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 STYLES = {
     "full": "-",
+    "shallow": (0, (3, 1, 1, 1, 1, 1)),
     "three_quarters": (0, (8, 2)),
     "half": "--",
     "quarter": "-.",
@@ -54,7 +55,7 @@ def read_curves(run: Path) -> dict[str, Curve]:
     rows = read_log(run)
     return {
         name: [(int(row["bytes"]) / 1e6, float(row[name])) for row in rows if row[name]]
-        for name in ("loss_full", *(f"validation_{rate}" for rate in RATES))
+        for name in ("loss_full", *(f"validation_{rate}" for rate in SCORES))
     }
 
 
@@ -80,8 +81,8 @@ def plot_training(runs: Mapping[str, Mapping[str, Curve]], path: Path) -> None:
     axes.set(xlabel="training text read (MB)", ylabel="bits per byte")
     axes.grid(alpha=0.3)
     names = [Line2D([], [], color=f"C{number}", label=name) for number, name in enumerate(runs)]
-    drawn = {rate for curves in runs.values() for rate in RATES if curves[f"validation_{rate}"]}
-    rates = [Line2D([], [], color="grey", ls=STYLES[rate], label=_label(rate)) for rate in RATES if rate in drawn]
+    drawn = {rate for curves in runs.values() for rate in SCORES if curves[f"validation_{rate}"]}
+    rates = [Line2D([], [], color="grey", ls=STYLES[rate], label=_label(rate)) for rate in SCORES if rate in drawn]
     training = Line2D([], [], color="grey", alpha=0.35, lw=1, label="training, full")
     axes.add_artist(axes.legend(handles=names, loc="upper right"))
     axes.legend(handles=[*rates, training], loc="upper center")
@@ -108,4 +109,4 @@ def _late(curves: Mapping[str, Curve]) -> list[float]:
 
 
 def _label(rate: str) -> str:
-    return f"validation, {rate.replace('_', ' ')}" + (" of the trunk" if 0.0 < RATES[rate] < 1.0 else "")
+    return f"validation, {rate.replace('_', ' ')}" + (" of the trunk" if 0.0 < RATES.get(rate, 0.0) < 1.0 else "")

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from model.lm import AdaptiveAttentionSystem
+from model.ops.tiling import Floats
 from model.training.firing import Reduced, choose_fires
 from model.training.loss import cross_entropy
 
 RATES = {"full": 1.0, "three_quarters": 0.75, "half": 0.5, "quarter": 0.25, "floor": 0.0}
 """Trunk fires per byte by name."""
+
+SCORES = ("full", "shallow", *list(RATES)[1:])
+"""What is scored: those, and smaller depths with the trunk run everywhere, their mean; of a model that has them."""
 
 ROWS = 4
 """Sequences that are run together: it bounds the memory."""
@@ -20,33 +26,51 @@ ROWS = 4
 
 @torch.no_grad()
 def validate(model: AdaptiveAttentionSystem, tokens: Tensor, *, plain: bool = False) -> dict[str, float]:
-    """Bits per byte over tokens [B, L + 1] at each of ``RATES``, at full resolution only if ``plain``.
+    """Bits per byte over tokens [B, L + 1] at each of ``SCORES``, at full resolution only if ``plain``.
 
     Between the ends the trunk fires by the causal rule, as in training: at one threshold per rate, fitted to these
     texts. What all of it takes is about three passes at full resolution. The model is left in training mode.
     """
     model.eval()
+    *shallow, whole = model.config.depths
+    if plain:
+        scores = {"full": bits_at(model, tokens, np.empty(0), whole, [1.0])[0]}
+    else:
+        densities = analyse(model, tokens[:, :-1])
+        scores = dict(zip(RATES, bits_at(model, tokens, densities, whole, RATES.values()), strict=True))
+        if shallow:
+            everywhere = [bits_at(model, tokens, densities, depth, [1.0])[0] for depth in shallow]
+            scores["shallow"] = sum(everywhere) / len(everywhere)
+    model.train()
+    return scores
+
+
+def analyse(model: AdaptiveAttentionSystem, inputs: Tensor) -> Floats:
+    """Smoothed density [B, L] in bits of inputs [B, L]."""
+    return np.concatenate([model.analyse(rows).numpy() for rows in inputs.split(ROWS)])
+
+
+def bits_at(
+    model: AdaptiveAttentionSystem, tokens: Tensor, densities: Floats, depth: int, rates: Iterable[float]
+) -> list[float]:
+    """Bits per byte over tokens [B, L + 1] at each of some rates, the trunk running ``depth`` blocks.
+
+    ``densities`` [B, L] say where it runs between the ends.
+    """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    fires = {"full": None} if plain else _fires(model, inputs)
-    sums = dict.fromkeys(fires, 0.0)
+    placements: list[tuple[float, Tensor | None]] = []
+    for rate in rates:
+        reduced = Reduced(rate, uniform=False, d_state=None, momentum=0.0)
+        fires = None if rate >= 1.0 else torch.from_numpy(choose_fires(model.tiles, densities, reduced))
+        placements.append((rate, None if fires is None else fires.to(tokens.device)))
+    sums = [0.0] * len(placements)
     for start in range(0, len(tokens), ROWS):
         rows = slice(start, start + ROWS)
-        encoded = model.encode(inputs[rows], model.allocate_state(len(inputs[rows])).encoder)
-        for name, chosen in fires.items():
-            state = model.allocate_state(len(inputs[rows]))
-            taken = None if chosen is None else chosen[rows]
-            output = model.combine(encoded.hidden, taken, state, propagate=RATES[name] > 0.0)
-            sums[name] += cross_entropy(model.head(output), targets[rows]).double().sum().item()
-    model.train()
-    return {name: total / (targets.numel() * math.log(2.0)) for name, total in sums.items()}
-
-
-def _fires(model: AdaptiveAttentionSystem, inputs: Tensor) -> dict[str, Tensor | None]:
-    """Where the trunk fires at each rate: [B, L] bool, or None for everywhere."""
-    density = torch.cat([model.analyse(rows) for rows in inputs.split(ROWS)]).numpy()
-    fires: dict[str, Tensor | None] = {}
-    for name, rate in RATES.items():
-        reduced = Reduced(rate, uniform=False, d_state=None, momentum=0.0)
-        chosen = None if rate >= 1.0 else choose_fires(model.tiles, density, reduced)
-        fires[name] = None if chosen is None else torch.from_numpy(chosen).to(inputs.device)
-    return fires
+        count = len(inputs[rows])
+        encoded = model.encode(inputs[rows], model.allocate_state(count).encoder)
+        for number, (rate, fires) in enumerate(placements):
+            state = model.allocate_state(count, depth=depth)
+            taken = None if fires is None else fires[rows]
+            output = model.combine(encoded.hidden, taken, state, propagate=rate > 0.0)
+            sums[number] += cross_entropy(model.head(output), targets[rows]).double().sum().item()
+    return [total / (targets.numel() * math.log(2.0)) for total in sums]

@@ -103,19 +103,21 @@ def describe(given: Grant, plan: TilingPlan, pieces: list[tuple[Bytes, Floats]],
     lost = np.concatenate([0.0, *(lost for _, lost in pieces)], axis=None).cumsum()
     length = len(fires)
     ends = (np.flatnonzero(fires) + 1).tolist()
-    between = cost.propagation if cost.analysed(plan.rate) else 0
+    depth = given.rates.depth
+    between = cost.propagation(depth) if cost.analysed(plan.rate) else 0
     bounds = [0, *ends, *([length] if ends and ends[-1] < length else [])]
     tiles = [
         TileModel(
             start=start,
             end=end,
             info_loss=lost[end] - lost[start],
-            compute_cost=(end - start) * between + (cost.unit.trunk - between if number < len(ends) else 0),
+            compute_cost=(end - start) * between + (cost.trunk(depth) - between if number < len(ends) else 0),
         )
         for number, (start, end) in enumerate(pairwise(bounds))
     ]
     heads = length if plan.causal else 0
-    spent = cost.flops(length, len(ends), heads, length if cost.analysed(plan.rate) else 0).total
+    analysed = length if cost.analysed(plan.rate) else 0
+    spent = cost.flops(length, len(ends), heads, analysed, depth=depth).total
     full = cost.full_flops(length, heads)
     return TilingModel(
         budget=given.requested,

@@ -97,7 +97,7 @@ class ModelRunner:
         for start in range(0, len(sequence.prompt) - 1, self.block_size):  # one token at least is read, for its logits
             sequence.prefix_key = key
             end = start + self.block_size
-            key = extend_key(key, sequence.prompt[start:end], sequence.prompt_rate)
+            key = extend_key(key, sequence.prompt[start:end], sequence.prompt_rate, sequence.depth)
             snapshot = self.prefixes.find(key) if end < len(sequence.prompt) else None
             if snapshot is None:
                 break
@@ -131,6 +131,7 @@ class ModelRunner:
         piece = sequence.prompt[sequence.read : end]
         tokens = torch.tensor([piece], device=self._model.device)
         state = self.pool.alone(sequence.slot, sequence.columns)
+        self.pool.set_depth(sequence.slot, sequence.depth)
         if sequence.plans is not None:
             return self._analyse(tokens, state, sequence.plans)
         params, rate = sequence.params, sequence.prompt_rate
@@ -148,7 +149,7 @@ class ModelRunner:
         return Outcome(
             Phase.PREFILL,
             positions=len(piece),
-            flops=self._flops(len(piece), len(output.tile_ends), heads, rate, sequence.columns),
+            flops=self._flops(len(piece), len(output.tile_ends), heads, rate, sequence),
             full_flops=self.cost.full_flops(len(piece), heads),
             tile_ends=output.tile_ends,
             token=token,
@@ -179,7 +180,7 @@ class ModelRunner:
 
     def _remember(self, sequence: Sequence, piece: list[int], state: ModelState) -> None:
         """Keep the state after a whole block of a prompt that is not its last."""
-        sequence.prefix_key = extend_key(sequence.prefix_key, piece, sequence.prompt_rate)
+        sequence.prefix_key = extend_key(sequence.prefix_key, piece, sequence.prompt_rate, sequence.depth)
         kept = state.map(lambda tensor: tensor)  # reading on replaces tensors, it does not change them
         last_fire = int(state.router.last_fire)
         with self._lock:
@@ -220,8 +221,9 @@ class ModelRunner:
         A sequence whose logits are not finite gets None.
         """
         by_slot = {sequence.slot: sequence for sequence in sequences if sequence.slot is not None}
-        for slot in by_slot:
+        for slot, sequence in by_slot.items():
             self.pool.join(slot)
+            self.pool.set_depth(slot, sequence.depth)
         parts = [
             part for arena in self.pool.arenas for part in arena.parts(by_slot.keys(), self._workers) if part.slots
         ]
@@ -249,7 +251,7 @@ class ModelRunner:
             Outcome(
                 Phase.DECODE,
                 positions=1,
-                flops=self._flops(1, int(fired), 1, rates[row], sequence.columns),
+                flops=self._flops(1, int(fired), 1, rates[row], sequence),
                 full_flops=full_flops,
                 tile_ends=[0] if fired else [],
                 token=token,
@@ -295,5 +297,6 @@ class ModelRunner:
         self.prefixes.check_integrity()
         assert self.pool.held <= slots
 
-    def _flops(self, positions: int, tiles: int, logits: int, rate: float, columns: int) -> Flops:
-        return self.cost.flops(positions, tiles, logits, positions if self.cost.analysed(rate) else 0, columns)
+    def _flops(self, positions: int, tiles: int, logits: int, rate: float, sequence: Sequence) -> Flops:
+        analysed = positions if self.cost.analysed(rate) else 0
+        return self.cost.flops(positions, tiles, logits, analysed, sequence.columns, depth=sequence.depth)

@@ -237,6 +237,11 @@ class Sequence:
         rates = self.grant.rates
         return rates.decode if self.params.score_prompt else rates.prefill
 
+    @property
+    def depth(self) -> int | None:
+        """Blocks of the trunk that run; None for all."""
+        return self.grant.rates.depth
+
     def regrant(self, grant: Grant) -> bool:
         """Go on with another grant; whether that changes anything."""
         if grant == self.grant:

@@ -50,6 +50,12 @@ class Arena:
         found: list[int] = self._buffer.columns[: len(self.slots)].tolist()
         return found
 
+    @property
+    def depths(self) -> list[int]:
+        """Blocks of the trunk that run in each row."""
+        found: list[int] = self._buffer.depth[: len(self.slots)].tolist()
+        return found
+
     def parts(self, slots: Collection[int], most: int) -> list[Part]:
         """Those of ``slots`` that are here, in up to ``most`` parts of about equal size.
 
@@ -123,6 +129,7 @@ class StatePool:
         self._model = model
         self._alone: dict[int, ModelState] = {}
         self._widths: dict[int, int] = {}
+        self._depths: dict[int, int] = {}
         self._ends: dict[Hashable, PromptEnd] = {}
         self._arenas = {columns: Arena(model, columns) for columns in model.config.d_state_levels}
         self.sizes = {n: model.allocate_state(1, d_state=n).nbytes for n in model.config.d_state_levels}
@@ -154,13 +161,28 @@ class StatePool:
         if slot not in self._widths:
             self._alone[slot] = self._model.allocate_state(1, d_state=columns)
             self._widths[slot] = columns
+            self._depths[slot] = self._model.config.trunk_layers
         return self._alone[slot]
+
+    def set_depth(self, slot: int, depth: int | None) -> None:
+        """Run the trunk of a slot that has a state with so many blocks from here on; None for all."""
+        depth = self._model.config.trunk_layers if depth is None else depth
+        if self._depths[slot] == depth:
+            return
+        joined = slot not in self._alone
+        arena = self._arenas[self._widths[slot]]
+        state = arena.take(slot) if joined else self._alone[slot]
+        self._model.set_depth(state, depth)
+        self._depths[slot] = depth
+        if joined:
+            arena.add(slot, state)
 
     def put(self, slot: int, state: ModelState) -> None:
         """Give an empty slot a state of one sequence: a copy of its structure; its tensors are shared."""
         assert slot not in self._widths, "the slot is empty"
         self._alone[slot] = state.map(lambda tensor: tensor)
         self._widths[slot] = int(state.columns)
+        self._depths[slot] = int(state.depth)
 
     def join(self, slot: int) -> None:
         """Move a state into its arena, unless it is there."""
@@ -195,6 +217,7 @@ class StatePool:
     def release(self, slot: int) -> None:
         """Drop the state of a slot, if it has one."""
         columns = self._widths.pop(slot, None)
+        self._depths.pop(slot, None)
         if columns is not None and self._alone.pop(slot, None) is None:
             self._arenas[columns].remove(slot)
 
@@ -205,4 +228,6 @@ class StatePool:
         for columns, arena in self._arenas.items():
             assert arena.columns == [columns] * len(arena.slots)
             assert all(self._widths[slot] == columns for slot in arena.slots)
-        assert all(state.columns.tolist() == [self._widths[slot]] for slot, state in self._alone.items())
+            assert arena.depths == [self._depths[slot] for slot in arena.slots]
+        for slot, state in self._alone.items():
+            assert (state.columns.tolist(), state.depth.tolist()) == ([self._widths[slot]], [self._depths[slot]])

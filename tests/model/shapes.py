@@ -37,6 +37,9 @@ UNMEASURED = SMALL.model_copy(update={"density_measured": False})
 PROPAGATING = UNMEASURED.model_copy(update={"propagation_rank": 6, "window_size": 1, "inertia": 0.0})
 """The trunk's states read what the trunk skips, so that it may fire at single bytes."""
 
+SHALLOW = PROPAGATING.model_copy(update={"trunk_layers": 3, "shallow_depths": (1, 2), "shallow_budgets": (0.45, 0.6)})
+"""The trunk may end after its first or second block."""
+
 _AT_REST = (
     "tile_exponent", "level_scale", "conv_bias", "D", "dt_bias", "inner_bias", "outer", "propagation.weight",
 )  # fmt: skip
@@ -74,10 +77,14 @@ def random_tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 def step_through(
-    model: AdaptiveAttentionSystem, tokens: torch.Tensor, rates: torch.Tensor, d_state: int | None = None
+    model: AdaptiveAttentionSystem,
+    tokens: torch.Tensor,
+    rates: torch.Tensor,
+    d_state: int | None = None,
+    depth: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [B, L, V] and fires [B, L] of reading tokens [B, L] one by one."""
-    state = model.allocate_state(len(tokens), d_state=d_state)
+    state = model.allocate_state(len(tokens), d_state=d_state, depth=depth)
     outputs = [model.step(column, state, rates) for column in tokens.unbind(1)]
     return torch.stack([o.logits for o in outputs], 1), torch.stack([o.fired for o in outputs], 1)
 

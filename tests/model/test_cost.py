@@ -136,9 +136,9 @@ def test_what_states_read_between_fires_is_counted_as_torch_counts_it(
 
 def test_budgets_pay_for_what_states_read_between_fires() -> None:
     cost, skips = CostModel(PROPAGATING), CostModel(SMALL)
-    assert skips.propagation == 0
-    assert 0 < cost.propagation < 0.5 * cost.unit.trunk
-    assert cost.flops(10, 4, 2, 10).trunk == 4 * cost.unit.trunk + 6 * cost.propagation
+    assert skips.propagation() == 0
+    assert 0 < cost.propagation() < 0.5 * cost.unit.trunk
+    assert cost.flops(10, 4, 2, 10).trunk == 4 * cost.unit.trunk + 6 * cost.propagation()
     assert cost.flops(10, 4, 2, 0, propagated=6) == replace(cost.flops(10, 4, 2, 10), density=0)
     spared = PROPAGATING.trunk_layers * PROPAGATING.inner(PROPAGATING.d_trunk) * (16 - 4)
     shrunk, whole = cost.flops(10, 4, 2, 10, 4), cost.flops(10, 4, 2, 10)

@@ -1,4 +1,4 @@
-"""Whatever pieces a text is read in, at whatever budgets and state sizes by turns: the logits of stepping through it.
+"""Whatever pieces a text is read in, at whatever budgets, state sizes and depths by turns: the logits of stepping.
 
 Hypothesis chooses the pieces. Stepping knows nothing of pieces, chunks or packed tiles, so it is the reference.
 """
@@ -17,27 +17,35 @@ from hypothesis import strategies as st
 from model.config import ModelConfig
 from model.lm import AdaptiveAttentionSystem
 from model.state import ModelState
-from tests.model.shapes import PROPAGATING, SMALL, random_model, random_tokens, settled
+from tests.model.shapes import PROPAGATING, SHALLOW, SMALL, random_model, random_tokens, settled
 
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}
-SKIPS, PROPAGATES = random_model(), random_model(PROPAGATING)
+SKIPS, PROPAGATES, ENDS_EARLY = random_model(), random_model(PROPAGATING), random_model(SHALLOW)
 SKIPS.tiles.log_tau.fill_(math.log(0.3))  # stale at once, so that the trunk fires in stretches, as trained models do
-MODELS = st.sampled_from([SKIPS, PROPAGATES])
+MODELS = st.sampled_from([SKIPS, PROPAGATES, ENDS_EARLY])
 BLOCK, CHUNK = SMALL.block_size, SMALL.chunk_size
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some consecutive bytes, the fire rate at which they are read, and the state size that they are read with."""
+    """Some consecutive bytes, the fire rate at which they are read, and the state size and depth of the trunk."""
 
     length: int
     rate: float
     columns: int
+    depth: int
+    """Of those that the model has."""
+
+    def prepare(self, model: AdaptiveAttentionSystem, state: ModelState) -> None:
+        """Set a state's size and depth."""
+        model.resize_state_space(state, self.columns)
+        model.set_depth(state, model.config.depths[self.depth % len(model.config.depths)])
 
 
 def pieces(lengths: st.SearchStrategy[int], most: int) -> st.SearchStrategy[list[Piece]]:
     rates = st.sampled_from([0.0, 0.05, 0.3, 0.6, 0.9, 1.0])
-    return st.lists(st.builds(Piece, lengths, rates, st.sampled_from(SMALL.d_state_levels)), min_size=1, max_size=most)
+    piece = st.builds(Piece, lengths, rates, st.sampled_from(SMALL.d_state_levels), st.integers(0, 2))
+    return st.lists(piece, min_size=1, max_size=most)
 
 
 def walk(
@@ -46,7 +54,7 @@ def walk(
     """Logits [L, V] and fires [L] of stepping through the pieces one byte at a time."""
     outputs = []
     for part, text in zip(parts, tokens.split([part.length for part in parts], dim=1), strict=True):
-        model.resize_state_space(state, part.columns)
+        part.prepare(model, state)
         rate = torch.tensor([part.rate], dtype=torch.float64)
         outputs += [model.step(column, state, rate) for column in text.unbind(1)]
     return torch.cat([output.logits for output in outputs]), torch.cat([output.fired for output in outputs])
@@ -73,7 +81,7 @@ def test_scored_pieces_of_any_length_equal_stepping(
     expected, fires = walk(model, tokens, parts, stepped)
     logits, ends, done = [], [], 0
     for part, text in zip(parts, tokens.split([part.length for part in parts], dim=1), strict=True):
-        model.resize_state_space(read, part.columns)
+        part.prepare(model, read)
         output = model.prefill(text, read, part.rate, score=True)
         logits.append(output.logits)
         ends += [done + end for end in output.tile_ends]
@@ -104,7 +112,7 @@ def test_planned_blocks_then_steps_equal_passes_over_the_same_tiles(
     read, passed = model.allocate_state(1), model.allocate_state(1)
     for index, (part, text) in enumerate(zip(parts, texts, strict=True)):
         for state in (read, passed):
-            model.resize_state_space(state, part.columns)
+            part.prepare(model, state)
         fires = torch.zeros(1, part.length, dtype=torch.bool)
         if index < len(prompt):
             output = model.prefill(text, read, part.rate)

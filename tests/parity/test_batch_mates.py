@@ -11,6 +11,7 @@ from model.lm import AdaptiveAttentionSystem
 from model.state import ModelState
 from tests.model.shapes import (
     PROPAGATING,
+    SHALLOW,
     SMALL,
     random_model,
     random_tokens,
@@ -48,6 +49,18 @@ def test_mates_of_other_state_sizes_change_nothing(model: AdaptiveAttentionSyste
     logits = torch.stack([model.step(column, state, rates).logits for column in tokens.unbind(1)], 1)
     for row in (1, 4):
         alone, _ = step_through(model, tokens[row : row + 1], rates[row : row + 1], d_state=width)
+        assert torch.equal(alone[0], logits[row])
+
+
+@pytest.mark.parametrize("depth", SHALLOW.depths)
+def test_mates_of_other_depths_change_nothing(depth: int) -> None:
+    model, tokens = random_model(SHALLOW), random_tokens(7, 60)
+    rates = torch.tensor([1.0, 0.5, 1.0, 0.3, 0.9, 0.02, 0.0], dtype=torch.float64)
+    state = model.allocate_state(7)
+    state.depth = torch.tensor([1, depth, 2, 3, depth, depth, 1])
+    logits = torch.stack([model.step(column, state, rates).logits for column in tokens.unbind(1)], 1)
+    for row in (1, 4, 5):
+        alone, _ = step_through(model, tokens[row : row + 1], rates[row : row + 1], depth=depth)
         assert torch.equal(alone[0], logits[row])
 
 

@@ -49,7 +49,7 @@ def test_a_prompt_and_its_continuation_are_those_of_serving(budget: float) -> No
     fires = arm.place(passage, arm.signal(text), rates)
     tally = Tally()
     analysed = model.cost.analysed(rates.decode)
-    tally.add(model.cost, passage, fires, float(score(model, passage, [fires])[0]), analysed=analysed)
+    tally.add(model.cost, passage, fires, float(score(model, passage, [fires], [rates.depth])[0]), analysed=analysed)
 
     state, block = model.allocate_state(1), model.config.block_size
     prompt, rest = passage.inputs[:, :PROMPT], passage.inputs[0, PROMPT:]

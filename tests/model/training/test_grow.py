@@ -91,5 +91,5 @@ def gradient(model: AdaptiveAttentionSystem) -> torch.Tensor:
 
 
 def test_shares_of_the_loss_are_at_most_the_whole() -> None:
-    with pytest.raises(ValueError, match=r"full_weight \+ floor_weight = 1.2 must be at most 1"):
+    with pytest.raises(ValueError, match=r"full_weight \+ shallow_weight \+ floor_weight = 1.2 must be at most 1"):
         TrainingConfig(full_weight=0.9, floor_weight=0.3)

@@ -101,7 +101,7 @@ def test_the_first_steps_train_the_ends_alone_and_the_statistics_of_the_density_
 
 def test_calibrated_thresholds_meet_their_rates_without_the_controller() -> None:
     model, tokens = random_model(), random_tokens(4, 512, seed=5)
-    calibrate(model, tokens)
+    calibrate(model, torch.cat([tokens, tokens[:, :1]], 1))
     for table in (model.tiles.log_thresholds, model.tiles.log_prices):
         assert (table.diff() <= 0).all()
     densities = model.analyse(tokens).numpy()

@@ -65,7 +65,7 @@ def test_a_text_that_differs_from_its_batch_has_a_compute_error_and_equal_texts_
 
 
 def test_the_two_ends_alone_are_trained_as_beside_terms_without_weight() -> None:
-    config = TrainingConfig(full_weight=0.6, exit_weight=0.0, lambda_info=0.0)
+    config = TrainingConfig(full_weight=0.6, floor_weight=0.4, exit_weight=0.0, lambda_info=0.0)
     gradients = []
     for ends_only in (True, False):
         model = random_model().requires_grad_(True).train()

@@ -10,16 +10,16 @@ from service.engine.prefix_cache import PrefixCache, Snapshot, extend_key, first
 
 def test_keys_differ_by_everything_that_a_state_depends_on() -> None:
     keys = [
-        extend_key(extend_key(first_key(salt), [*one], rate), [*other], last)
-        for salt, one, other, rate, last in itertools.product(
-            ["", "a"], [b"ab", b"aa"], [b"c", b"d"], [1.0, 0.5], [1.0, 0.5]
+        extend_key(extend_key(first_key(salt), [*one], rate, depth), [*other], last, depth)
+        for salt, one, other, rate, last, depth in itertools.product(
+            ["", "a"], [b"ab", b"aa"], [b"c", b"d"], [1.0, 0.5], [1.0, 0.5], [None, 1, 2]
         )
     ]
     assert len(set(keys)) == len(keys)
 
 
 def extend(text: str) -> bytes:
-    return extend_key(first_key(""), [ord(character) for character in text], 1.0)
+    return extend_key(first_key(""), [ord(character) for character in text], 1.0, None)
 
 
 def test_the_least_recently_used_snapshot_goes_first() -> None:

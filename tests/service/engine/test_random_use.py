@@ -18,7 +18,7 @@ from service.engine.scheduler import Limits, Scheduler
 from service.engine.sequence import FinishReason, SamplingParams, Sequence, SharedPrompt
 from service.metrics import Metrics
 from tests.service.engine.fakes import SIZES, FakeRunner, make_choices, make_engine, make_sequence
-from tests.service.servers import tiny_model
+from tests.service.servers import TINY, tiny_model
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -132,8 +132,9 @@ class WithoutModel(EngineMachine):
             self.runner.not_finite.add(data.draw(st.sampled_from(self.open)))
 
 
-MODEL = tiny_model()
-BUDGETS = [1.0, 0.8, 0.3]
+DEPTHS = {"propagation_rank": 8, "trunk_layers": 3, "shallow_depths": (1, 2), "shallow_budgets": (0.5, 0.7)}
+MODEL = tiny_model(config=TINY.model_copy(update=DEPTHS))
+BUDGETS = [1.0, 0.8, 0.6, 0.5]
 
 
 def new_engine(clock: Callable[[], float], *, slots: int, states: float, cached: int) -> tuple[Engine, Metrics]:
@@ -169,7 +170,7 @@ class WithModel(EngineMachine):
 
     @rule(
         prompt=st.integers(1, 3 * MODEL.config.block_size), text=st.integers(0, 2), budget=st.sampled_from(BUDGETS),
-        least=st.sampled_from([0.3, 1.0]), temperature=st.sampled_from([0.0, 1.3]), n=st.integers(1, 3),
+        least=st.sampled_from([0.1, 0.5, 1.0]), temperature=st.sampled_from([0.0, 1.3]), n=st.integers(1, 3),
     )  # fmt: skip
     def arrive(self, prompt: int, text: int, budget: float, least: float, temperature: float, n: int) -> None:
         recipe = (prompt, text, budget, least, temperature)

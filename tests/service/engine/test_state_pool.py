@@ -72,6 +72,29 @@ def test_an_arena_comes_apart_into_equal_parts(rows_held: int, most: int, sizes:
     assert rows(pool) == {slot: slot + 15 for slot in range(rows_held)}
 
 
+def test_a_slot_keeps_its_depth_wherever_its_state_is() -> None:
+    model = tiny_model(config=TINY.model_copy(update={"shallow_depths": (1,)}))
+    pool = StatePool(model)
+    mark(pool, 0)
+    mark(pool, 1)
+    pool.set_depth(0, 1)
+    assert pool.alone(0, WHOLE).depth.tolist() == [1]
+    pool.join(0)
+    pool.join(1)
+    pool.set_depth(1, 1)
+    pool.set_depth(0, None)
+    pool.check_integrity()
+    assert (rows(pool), pool.arenas[0].depths) == ({0: 10, 1: 11}, [1, 2])
+    pool.resize(1, SMALL)
+    pool.check_integrity()
+    assert [arena.depths for arena in pool.arenas] == [[2], [1]]
+    pool.put(2, model.allocate_state(1, depth=1))
+    pool.check_integrity()
+    for slot in range(3):
+        pool.release(slot)
+    pool.check_integrity()
+
+
 def test_what_a_step_writes_is_in_the_buffer(pool: StatePool) -> None:
     pool.join(0)
     pool.join(1)
