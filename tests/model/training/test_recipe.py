@@ -25,8 +25,10 @@ def test_the_shipped_recipes_are_found() -> None:
     assert set(shipped_recipes()) == {"small", "base", *PLAIN}
 
 
-def test_small_has_the_shape_of_the_embedded_checkpoint() -> None:
-    assert read_recipe("small").model == read_config(EMBEDDED_CHECKPOINT).model
+def test_small_has_the_shape_of_the_embedded_checkpoint_and_a_smaller_depth() -> None:
+    shape = read_recipe("small").model
+    assert shape.depths == (2, 4)
+    assert shape.model_copy(update={"shallow_depths": ()}) == read_config(EMBEDDED_CHECKPOINT).model
 
 
 def test_base_has_about_16_million_parameters_and_a_low_floor() -> None:
