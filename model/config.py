@@ -37,7 +37,7 @@ class ModelConfig(StrictModel):
     trunk_layers: Positive = 4
     shallow_depths: tuple[Positive, ...] = ()
     """Numbers of blocks, below ``trunk_layers``, after which the trunk may end; those that follow then do not run."""
-    shallow_budgets: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] = ()
+    shallow_budgets: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...] = ()
     """The highest budget at which each of them is used, fitted to validation text; empty: none is."""
     decoder_layers: int = Field(default=1, ge=0, le=64)
     expand: Positive = 2

@@ -860,7 +860,7 @@ def decode_rows(
             codes[row, waiting[row]] = new[i]
             waiting[row] += 1
     if len(index):
-        index = _deepest_first(index, depth)
+        index = _deepest_first(index, depth) if len(depths) > 1 else index
         stretch = np.empty(len(index), np.float32)
         selected = np.empty((len(index), hidden.shape[1]), np.float32)
         for i, row in enumerate(index):

@@ -47,10 +47,9 @@ def compute_loss(
     encoded = model.encode(inputs, model.allocate_state(len(tokens)).encoder)
     depths = model.config.depths if config.shallow_weight > 0.0 else model.config.depths[-1:]
     with recorded_inputs(model) as recorded:
-        outputs = model.combine_everywhere(encoded.hidden, depths)
-    full_logits = model.head(outputs[-1])
-    fresh = {depth: cross_entropy(model.head(output), targets) for depth, output in zip(depths, outputs, strict=True)}
-    full = fresh[depths[-1]]
+        everywhere = [model.head(output) for output in model.combine_everywhere(encoded.hidden, depths)]
+    fresh = {depth: cross_entropy(logits, targets) for depth, logits in zip(depths, everywhere, strict=True)}
+    full, full_logits = fresh[depths[-1]], everywhere[-1]
     loss = Loss(full.mean(), {"full": full.mean().item() / math.log(2.0)})
     if reduced is None:
         return loss

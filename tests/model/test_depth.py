@@ -29,6 +29,7 @@ COST = CostModel(SHALLOW)
         ({"shallow_depths": (1, 3)}, "must rise strictly and end below 3"),
         ({"shallow_budgets": (0.5,)}, "must be none, or rise"),
         ({"shallow_budgets": (0.6, 0.5)}, "must be none, or rise"),
+        ({"shallow_budgets": (0.6, 1.0)}, "less than 1"),
     ],
 )
 def test_depths_and_budgets_that_make_no_sense_are_refused(change: dict[str, object], message: str) -> None:
