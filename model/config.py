@@ -38,7 +38,8 @@ class ModelConfig(StrictModel):
     shallow_depths: tuple[Positive, ...] = ()
     """Numbers of blocks, below ``trunk_layers``, after which the trunk may end; those that follow then do not run."""
     shallow_budgets: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...] = ()
-    """The highest budget at which each of them is used, fitted to validation text; empty: none is."""
+    """The highest budget at which each of them is used, fitted to validation text; empty: none is. It may be more than
+    such a depth can spend by running everywhere: then it spends less and is better."""
     decoder_layers: int = Field(default=1, ge=0, le=64)
     expand: Positive = 2
     headdim: Positive = 64

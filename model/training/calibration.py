@@ -40,7 +40,7 @@ def calibrate(model: AdaptiveAttentionSystem, tokens: Tensor) -> None:
 def fit_shallow_budgets(model: AdaptiveAttentionSystem, tokens: Tensor, densities: Floats) -> tuple[float, ...]:
     """The budget up to which each smaller depth, or one below it, needs no more bits than every greater one.
 
-    Never more than the depth can spend by running everywhere; 0 where it is never as good.
+    That may be more than the depth can spend by running everywhere. 0 where it is never as good.
 
     Args:
         tokens: [B, L + 1]. densities: [B, L] smoothed, of the texts.
@@ -50,10 +50,10 @@ def fit_shallow_budgets(model: AdaptiveAttentionSystem, tokens: Tensor, densitie
     rates = [[cost.rate(budget, logits=1, depth=depth) for budget in budgets] for depth in depths]
     bits = np.array([bits_at(model, tokens, densities, depth, row) for depth, row in zip(depths, rates, strict=True)])
     highest = []
-    for number, depth in enumerate(depths[:-1], start=1):
+    for number in range(1, len(depths)):
         behind = bits[:number].min(0) > bits[number:].min(0)
         best = budgets[: int(behind.argmax()) if behind.any() else len(budgets)]
-        highest.append(min(max(best, default=0.0), cost.budget(1.0, logits=1, depth=depth)))
+        highest.append(max(best, default=0.0))
     return tuple(highest)
 
 

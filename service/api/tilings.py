@@ -30,7 +30,7 @@ from service.api.schemas.tilings import (
     TilingsRequest,
     TilingsUsage,
 )
-from service.engine.budget import ComputeBudget, Grant, Reason, grant
+from service.engine.budget import ComputeBudget, Grant, grant
 from service.engine.engine_thread import OutputStream
 from service.engine.sequence import SamplingParams, Sequence
 
@@ -121,7 +121,7 @@ def describe(given: Grant, plan: TilingPlan, pieces: list[tuple[Bytes, Floats]],
     full = cost.full_flops(length, heads)
     return TilingModel(
         budget=given.requested,
-        granted=spent / full if given.reason is Reason.FLOOR else given.granted,
+        granted=spent / full if given.settled else given.granted,
         reason=given.reason.value,
         tiles=tiles,
         info_loss=lost[-1],

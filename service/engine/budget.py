@@ -19,6 +19,8 @@ class Reason(StrEnum):
     """As asked."""
     FLOOR = "floor"
     """The request asked for less than the model can do with: it runs without the trunk."""
+    DEPTH = "depth"
+    """A trunk that ends early and runs everywhere costs less, and is better than all of it at some places."""
     MAXIMUM = "maximum"
     """The request's target is above what its API key may be granted, its minimum is not: it gets the maximum."""
     LOAD = "load"
@@ -73,26 +75,30 @@ class Grant:
         return self.lowest < self.highest
 
     @property
-    def floored(self) -> bool:
-        """Whether the trunk does not run: what is granted is then what is spent."""
-        return self.rates.decode <= 0.0
+    def settled(self) -> bool:
+        """Whether no places are chosen, and less than all is run: what is granted is then what is spent."""
+        return self.rates.decode <= 0.0 or (self.rates.decode >= 1.0 and self.rates.depth is not None)
 
     def at(self, ease: float, cost: CostModel) -> Grant:
         """This grant where the load leaves so much of the way from ``lowest`` (0) to ``highest`` (1)."""
         share = self.highest if ease >= 1.0 else self.lowest + ease * (self.highest - self.lowest)
         rates = cost.rates(share)
-        floor = rates.decode <= 0.0
+        unset = replace(self, granted=share, rates=rates)
+        if unset.settled:
+            unset = replace(unset, granted=cost.budget(rates.decode, logits=1, depth=rates.depth))
         if share < self.highest:
             reason = Reason.LOAD
-        elif floor:
-            reason = Reason.FLOOR
+        elif unset.settled:
+            reason = Reason.FLOOR if rates.decode <= 0.0 else Reason.DEPTH
         else:
             reason = Reason.REQUESTED if share == self.requested else Reason.MAXIMUM
-        return replace(self, granted=cost.floor if floor else share, reason=reason, rates=rates)
+        return replace(unset, reason=reason)
 
 
 def grant(budget: ComputeBudget, cost: CostModel, maximum: float = 1.0) -> Grant:
     """The grant for a budget: the target, at most ``maximum``; the floor where that does not pay for adaptive firing.
+
+    It is what the smaller depth costs, where the model has one that is better everywhere than all of the trunk.
 
     Raises:
         BudgetAboveMaximumError: the budget's minimum is above ``maximum``.

@@ -94,7 +94,7 @@ class ComputeUsage:
     mean_tile_bytes: float | None
     """None where the trunk never ran."""
     reason: str
-    """Why so much was granted: `requested`, `floor`, `maximum` or `load`."""
+    """Why so much was granted: `requested`, `floor`, `depth`, `maximum` or `load`."""
     d_state: int
     """Columns of the trunk's state at the end; fewer than the model has where memory was short."""
 
@@ -258,8 +258,8 @@ class Sequence:
         """Book operations that were spent on this sequence."""
         self.flops = self.flops + flops
         self.full_flops += full_flops
-        # At the floor the share follows from how much of the request is prompt: there the head runs once, in all.
-        share = flops.total / full_flops if self.grant.floored and full_flops else self.grant.granted
+        # The share then follows from how much of the request is prompt: there the head runs once, in all.
+        share = flops.total / full_flops if self.grant.settled and full_flops else self.grant.granted
         self.granted[share] += full_flops
 
     def close_tiles(self, ends: list[int]) -> list[int]:

@@ -53,7 +53,7 @@ class TilingModel(ApiModel):
     granted: float
     """The budget, or the floor where the budget does not pay for adaptive firing."""
     reason: str
-    """`requested` or `floor`."""
+    """`requested`, `floor` or `depth`."""
     tiles: list[TileModel]
     """In order, covering the text; empty where the trunk never runs."""
     info_loss: float

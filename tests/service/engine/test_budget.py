@@ -28,6 +28,21 @@ def test_a_budget_that_pays_for_tiles_is_granted_as_asked() -> None:
     assert cost.budget(given.rates.prefill, logits=0) == pytest.approx(0.9, abs=1e-12)
 
 
+def test_a_smaller_depth_that_runs_everywhere_is_granted_what_it_costs() -> None:
+    depths = {"trunk_layers": 3, "shallow_depths": (2,), "shallow_budgets": (0.9,)}
+    cost = CostModel(TINY.model_copy(update=depths))
+    everywhere = cost.budget(1.0, logits=1, depth=2)
+    assert everywhere < 0.85
+    for share in (0.85, 0.9):
+        given = grant(ComputeBudget.exactly(share), cost)
+        assert (given.requested, given.granted, given.reason) == (share, everywhere, Reason.DEPTH)
+        assert (given.rates.prefill, given.rates.decode, given.rates.depth) == (1.0, 1.0, 2)
+    assert grant(ComputeBudget.exactly(0.91), cost).reason is Reason.REQUESTED
+    assert grant(ComputeBudget.exactly(1.0), cost).granted == 1.0
+    lowered = grant(ComputeBudget(1.0, 0.7), cost).at(0.5, cost)
+    assert (lowered.granted, lowered.reason) == (everywhere, Reason.LOAD)
+
+
 def test_a_budget_that_does_not_is_granted_the_floor() -> None:
     cost = CostModel(TINY)
     for share in (0.01, cost.floor, math.nextafter(cost.least_adaptive, 0)):

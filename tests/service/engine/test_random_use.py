@@ -132,7 +132,7 @@ class WithoutModel(EngineMachine):
             self.runner.not_finite.add(data.draw(st.sampled_from(self.open)))
 
 
-DEPTHS = {"propagation_rank": 8, "trunk_layers": 3, "shallow_depths": (1, 2), "shallow_budgets": (0.5, 0.7)}
+DEPTHS = {"propagation_rank": 8, "trunk_layers": 3, "shallow_depths": (1, 2), "shallow_budgets": (0.5, 0.85)}
 MODEL = tiny_model(config=TINY.model_copy(update=DEPTHS))
 BUDGETS = [1.0, 0.8, 0.6, 0.5]
 
