@@ -22,13 +22,11 @@ def full_flops(recipe: Recipe) -> int:
 
 
 def test_the_shipped_recipes_are_found() -> None:
-    assert set(shipped_recipes()) == {"small", "base", *PLAIN}
+    assert set(shipped_recipes()) == {"small", "nested", "base", *PLAIN}
 
 
-def test_small_has_the_shape_of_the_embedded_checkpoint_and_a_smaller_depth() -> None:
-    shape = read_recipe("small").model
-    assert shape.depths == (2, 4)
-    assert shape.model_copy(update={"shallow_depths": ()}) == read_config(EMBEDDED_CHECKPOINT).model
+def test_small_has_the_shape_of_the_embedded_checkpoint() -> None:
+    assert read_recipe("small").model == read_config(EMBEDDED_CHECKPOINT).model
 
 
 def test_base_has_about_16_million_parameters_and_a_low_floor() -> None:
@@ -38,6 +36,13 @@ def test_base_has_about_16_million_parameters_and_a_low_floor() -> None:
     assert 2 * count < 40e6  # bytes on disk in bf16
     assert CostModel(recipe.model).floor < 0.25
     assert recipe.training.precision == "bf16"
+
+
+def test_nested_has_the_operations_of_plain_models_at_both_depths() -> None:
+    nested = CostModel(read_recipe("nested").model)
+    middle, full = (full_flops(read_recipe(name)) for name in PLAIN[1:])
+    assert nested.flops(1, 1, 1, 0, depth=3).total == middle
+    assert nested.full_flops(1, 1) == pytest.approx(full, rel=0.01)
 
 
 def test_plain_models_cost_what_they_are_compared_with() -> None:
