@@ -81,11 +81,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run both paths once, so that compiling and first allocations do not fall on the first request."""
+        """Run every path once, so that compiling and first allocations do not fall on the first request."""
         state = self._model.allocate_state(1)
         tokens = torch.zeros(1, self._model.config.block_size, dtype=torch.int64, device=self._model.device)
         self._model.prefill(tokens, state, 0.5)
         self._model.step(tokens[:, 0], state, torch.tensor([0.5], dtype=torch.float64, device=self._model.device))
+        if self._model.config.propagation_rank:
+            state.router.waiting.fill_(1)  # whether or not the trunk has run: what waits is read before a depth changes
+            self._model.settle(state)
         warm_up_draws()
 
     def resume(self, sequence: Sequence) -> None:

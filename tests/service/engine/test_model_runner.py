@@ -14,6 +14,7 @@ from tests.service.servers import tiny_model
 
 WORK = """
 import importlib, pkgutil, sys, time
+import torch
 import model.ops
 from numba.core.dispatcher import Dispatcher
 from service.engine.engine import Engine
@@ -30,7 +31,8 @@ def compiled():
     return {name: len(f.signatures) for name, f in loops.items()}
 
 rank = int(sys.argv[1])
-runner = ModelRunner(tiny_model(config=TINY.model_copy(update={"propagation_rank": rank})))
+shape = TINY.model_copy(update={"propagation_rank": rank, "shallow_depths": (1,), "shallow_budgets": (0.7,)})
+runner = ModelRunner(tiny_model(config=shape))
 assert not any(compiled().values())
 runner.warm_up()
 warm = compiled()
@@ -48,7 +50,9 @@ while not engine.idle:
     engine.step()
     for sequence in sequences:  # the memory is short: a state that may still have bytes to read shrinks
         if sequence.slot is not None and sequence.prefilled:
-            runner.pool.resize(sequence.slot, 4)
+            with torch.inference_mode():
+                runner.pool.resize(sequence.slot, 4)
+                runner.pool.set_depth(sequence.slot, 1)  # and until the next step its trunk ends early
 assert all(sequence.finish is not None for sequence in sequences)
 assert compiled() == warm, (compiled(), warm)
 """
