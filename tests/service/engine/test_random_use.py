@@ -10,6 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from model.cost import CostModel
+from model.lm import AdaptiveAttentionSystem
 from service.engine.budget import ComputeBudget, grant
 from service.engine.engine import Deadlines, Engine, Output
 from service.engine.load import LoadControl
@@ -133,12 +135,15 @@ class WithoutModel(EngineMachine):
 
 
 DEPTHS = {"propagation_rank": 8, "trunk_layers": 3, "shallow_depths": (1, 2), "shallow_budgets": (0.5, 0.85)}
-MODEL = tiny_model(config=TINY.model_copy(update=DEPTHS))
-BUDGETS = [1.0, 0.8, 0.6, 0.5]
+MODELS = (tiny_model(), tiny_model(config=TINY.model_copy(update=DEPTHS)))
+"""One whose trunk skips what it does not run at and has one depth; one whose states read on, of several depths."""
+BUDGETS = [1.0, 0.8, 0.6, 0.5, 0.3]
 
 
-def new_engine(clock: Callable[[], float], *, slots: int, states: float, cached: int) -> tuple[Engine, Metrics]:
-    runner, metrics = ModelRunner(MODEL, cached, workers=2), Metrics("tiny", MODEL.config.d_state_levels)
+def new_engine(
+    model: AdaptiveAttentionSystem, clock: Callable[[], float], *, slots: int, states: float, cached: int
+) -> tuple[Engine, Metrics]:
+    runner, metrics = ModelRunner(model, cached, workers=2), Metrics("tiny", model.config.d_state_levels)
     room = int(states * max(runner.state_sizes.values()))
     limits = Limits.for_states(
         runner.state_sizes, running=slots, block_size=runner.block_size, state_bytes=room, prefill_share=0.6, blocks=2,
@@ -147,10 +152,12 @@ def new_engine(clock: Callable[[], float], *, slots: int, states: float, cached:
     return Engine(runner, Scheduler(limits, runner.state_sizes), metrics, clock, load=LoadControl(0.2)), metrics
 
 
-def make(prompt: int, text: int, budget: float, least: float, temperature: float, n: int) -> list[Sequence]:
+def make(
+    cost: CostModel, prompt: int, text: int, budget: float, least: float, temperature: float, n: int
+) -> list[Sequence]:
     """Choices after a prompt of so many tokens, of one of a few texts that share their beginnings."""
     tokens = [256, *(65 + (i * i) % 7 if i < 100 else 65 + (i * (text + 3)) % 11 for i in range(prompt - 1))]
-    given, shared = grant(ComputeBudget(budget, min(least, budget)), MODEL.cost), SharedPrompt() if n > 1 else None
+    given, shared = grant(ComputeBudget(budget, min(least, budget)), cost), SharedPrompt() if n > 1 else None
     params = SamplingParams(max_tokens=9, temperature=temperature, seed=3, ignore_eos=True, logprobs=1)
     return [
         Sequence(tokens, params.of_choice(choice), given, arrived=0.0, choice=choice, shared=shared)
@@ -163,18 +170,20 @@ class WithModel(EngineMachine):
 
     alone: dict[tuple[object, ...], tuple[list[int], list[float]]] = {}  # noqa: RUF012 - shared by all runs
 
+    model: AdaptiveAttentionSystem
+
     @initialize(slots=st.integers(1, 5), states=st.floats(2.0, 5.0), cached=st.sampled_from([0, 10**5, 10**7]))
     def begin(self, slots: int, states: float, cached: int) -> None:
-        self.engine, self.metrics = new_engine(lambda: self.now, slots=slots, states=states, cached=cached)
+        self.engine, self.metrics = new_engine(self.model, lambda: self.now, slots=slots, states=states, cached=cached)
         self.recipes: dict[Sequence, tuple[object, ...]] = {}
 
     @rule(
-        prompt=st.integers(1, 3 * MODEL.config.block_size), text=st.integers(0, 2), budget=st.sampled_from(BUDGETS),
+        prompt=st.integers(1, 3 * TINY.block_size), text=st.integers(0, 2), budget=st.sampled_from(BUDGETS),
         least=st.sampled_from([0.1, 0.5, 1.0]), temperature=st.sampled_from([0.0, 1.3]), n=st.integers(1, 3),
     )  # fmt: skip
     def arrive(self, prompt: int, text: int, budget: float, least: float, temperature: float, n: int) -> None:
         recipe = (prompt, text, budget, least, temperature)
-        sequences = make(*recipe, n)
+        sequences = make(self.model.cost, *recipe, n)
         for sequence in sequences:
             if not sequence.grant.flexible:
                 self.recipes[sequence] = (*recipe, sequence.choice)
@@ -187,18 +196,19 @@ class WithModel(EngineMachine):
                 assert scores(self.outputs[sequence]) == self.answer_alone(recipe)
 
     def answer_alone(self, recipe: tuple[object, ...]) -> tuple[list[int], list[float]]:
-        if recipe not in self.alone:
+        key = (self.model.config.trunk_layers, *recipe)
+        if key not in self.alone:
             *what, choice = recipe
             ticks = itertools.count()
-            engine, _ = new_engine(lambda: float(next(ticks)), slots=1, states=2.0, cached=0)
-            sequence = make(*what, n=choice + 1)[choice]
+            engine, _ = new_engine(self.model, lambda: float(next(ticks)), slots=1, states=2.0, cached=0)
+            sequence = make(self.model.cost, *what, n=choice + 1)[choice]
             sequence.shared = None
             engine.add([sequence])
             outputs: list[Output] = []
             while not engine.idle:
                 outputs += engine.step()
-            self.alone[recipe] = scores(outputs)
-        return self.alone[recipe]
+            self.alone[key] = scores(outputs)
+        return self.alone[key]
 
 
 def scores(outputs: list[Output]) -> tuple[list[int], list[float]]:
@@ -209,5 +219,20 @@ def scores(outputs: list[Output]) -> tuple[list[int], list[float]]:
 
 TestWithoutModel = WithoutModel.TestCase
 TestWithoutModel.settings = settings(settings.get_profile("unshrunk"), max_examples=40, stateful_step_count=50)
-TestWithModel = WithModel.TestCase
-TestWithModel.settings = settings(settings.get_profile("unshrunk"), max_examples=5, stateful_step_count=30)
+
+
+class WithOneDepth(WithModel):
+    """The first model."""
+
+    model = MODELS[0]
+
+
+class WithDepths(WithModel):
+    """The second."""
+
+    model = MODELS[1]
+
+
+FEW = settings(settings.get_profile("unshrunk"), max_examples=5, stateful_step_count=30)
+TestWithOneDepth, TestWithDepths = WithOneDepth.TestCase, WithDepths.TestCase
+TestWithOneDepth.settings = TestWithDepths.settings = FEW
