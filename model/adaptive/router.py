@@ -22,14 +22,13 @@ class CrossScaleRouter(nn.Module):
         super().__init__()
         self.d_state = config.d_state
         self.levels = config.d_state_levels
-        self.depths = len(config.depths)
+        self.depths = config.depths
         if config.projected:
             self.down: nn.Linear | None = nn.Linear(config.d_model, config.d_trunk, bias=False)
             self.up: nn.Linear | None = nn.Linear(config.d_trunk, config.d_model, bias=False)
             nn.init.orthogonal_(self.down.weight)
-            shallow = {
-                str(depth): nn.Linear(config.d_trunk, config.d_model, bias=False) for depth in config.depths[:-1]
-            }
+            depths = config.shallow_depths
+            shallow = {str(depth): nn.Linear(config.d_trunk, config.d_model, bias=False) for depth in depths}
             for up in (self.up, *shallow.values()):
                 nn.init.normal_(up.weight, std=config.d_trunk**-0.5)
             self.shallow_up = nn.ModuleDict(shallow)
@@ -56,7 +55,7 @@ class CrossScaleRouter(nn.Module):
     def ups(self) -> list[nn.Module | None]:
         """What :meth:`from_trunk` applies at each depth, rising; None where the widths are equal."""
         if self.up is None:
-            return [None] * self.depths
+            return [None] * len(self.depths)
         return [*self.shallow_up.values(), self.up]
 
     def propagated(self, hidden: Tensor) -> Tensor:

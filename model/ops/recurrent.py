@@ -806,6 +806,52 @@ def encode_rows(
 
 
 @njit(cache=True, nogil=True)
+def _no_trace() -> tuple[Singles, Singles, Singles, Singles, Floats]:  # pragma: no cover - compiled
+    """What stands in for the trace of a block of which none is wanted."""
+    nothing = np.empty((0, 0), np.float32)
+    return nothing, nothing, nothing, nothing, np.empty(0)
+
+
+@njit(cache=True, nogil=True)
+def _run_trunk(
+    index: Integers,
+    log_stretch: Singles,
+    hidden: Singles,
+    rows: Integers,
+    columns: Integers,
+    depth: Integers,
+    depths: Integers,
+    blocks: tuple[Any, ...],
+    down: Matrix,
+    ups: tuple[Matrix, ...],
+    held: Singles,
+) -> None:  # pragma: no cover - compiled
+    """Run the trunk for some rows of a batch, each to its depth, and hold what it adds.
+
+    Args:
+        index: [k] those of n rows, the deepest first. log_stretch: [k]. All others as in :func:`decode_rows`.
+    """
+    trace = _no_trace()
+    selected = np.empty((len(index), hidden.shape[1]), np.float32)
+    for i, row in enumerate(index):
+        selected[i] = hidden[row]
+    entered = project_rows(selected, down) if down[0].shape[0] else selected
+    left = entered.copy()
+    for i in range(depths[-1]):
+        some = index[: np.sum(depth[index] > i)]
+        if not len(some):
+            break
+        block_rows(rows[some], left[: len(some)], log_stretch, columns[some], False, trace, *blocks[i])
+    for k in range(len(ups)):
+        first, last = np.sum(depth[index] > depths[k]), np.sum(depth[index] >= depths[k])
+        if first < last:
+            update = left[first:last] - entered[first:last]
+            update = project_rows(update, ups[k]) if ups[k][0].shape[0] else update
+            for i in range(first, last):
+                held[index[i]] = update[i - first]
+
+
+@njit(cache=True, nogil=True)
 def decode_rows(
     fired: Booleans,
     rates: Floats,
@@ -843,8 +889,7 @@ def decode_rows(
             equal.
         head: [V, d_model]. codes, waiting: as in :func:`read_waiting`. All others as in :func:`hold_rows`.
     """
-    no_trace = np.empty((0, 0), np.float32), np.empty((0, 0), np.float32)
-    trace = (*no_trace, *no_trace, np.empty(0))
+    trace = _no_trace()
     index, propagates = np.flatnonzero(fired), code[0].shape[0] > 0
     if propagates:
         between = (rates > 0.0) & ~fired
@@ -861,25 +906,11 @@ def decode_rows(
             waiting[row] += 1
     if len(index):
         index = _deepest_first(index, depth) if len(depths) > 1 else index
-        stretch = np.empty(len(index), np.float32)
-        selected = np.empty((len(index), hidden.shape[1]), np.float32)
-        for i, row in enumerate(index):
-            stretch[i] = 0.0 if propagates else math.log(positions[row] + 1 - last_fire[row])
-            selected[i] = hidden[row]
-        entered = project_rows(selected, down) if down[0].shape[0] else selected
-        left = entered.copy()
-        for i in range(depths[-1]):
-            some = index[: np.sum(depth[index] > i)]
-            if not len(some):
-                break
-            block_rows(rows[some], left[: len(some)], stretch, columns[some], False, trace, *blocks[i])
-        for k in range(len(ups)):
-            first, last = np.sum(depth[index] > depths[k]), np.sum(depth[index] >= depths[k])
-            if first < last:
-                update = left[first:last] - entered[first:last]
-                update = project_rows(update, ups[k]) if ups[k][0].shape[0] else update
-                for i in range(first, last):
-                    held[index[i]] = update[i - first]
+        stretch = np.zeros(len(index), np.float32)
+        if not propagates:
+            for i, row in enumerate(index):
+                stretch[i] = math.log(positions[row] + 1 - last_fire[row])
+        _run_trunk(index, stretch, hidden, rows, columns, depth, depths, blocks, down, ups, held)
     output = hold_rows(fired, rates, hidden, raw_fading, held, last_fire, fires, quota, positions)
     stretch = np.zeros(len(rows), np.float32)
     for i in range(depths[-1], len(blocks)):

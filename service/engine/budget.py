@@ -83,16 +83,16 @@ class Grant:
         """This grant where the load leaves so much of the way from ``lowest`` (0) to ``highest`` (1)."""
         share = self.highest if ease >= 1.0 else self.lowest + ease * (self.highest - self.lowest)
         rates = cost.rates(share)
-        unset = replace(self, granted=share, rates=rates)
-        if unset.settled:
-            unset = replace(unset, granted=cost.budget(rates.decode, logits=1, depth=rates.depth))
+        given = replace(self, granted=share, rates=rates)
+        if given.settled:
+            given = replace(given, granted=cost.budget(rates.decode, logits=1, depth=rates.depth))
         if share < self.highest:
             reason = Reason.LOAD
-        elif unset.settled:
+        elif given.settled:
             reason = Reason.FLOOR if rates.decode <= 0.0 else Reason.DEPTH
         else:
             reason = Reason.REQUESTED if share == self.requested else Reason.MAXIMUM
-        return replace(unset, reason=reason)
+        return replace(given, reason=reason)
 
 
 def grant(budget: ComputeBudget, cost: CostModel, maximum: float = 1.0) -> Grant:
