@@ -36,10 +36,8 @@ class ModelConfig(StrictModel):
     encoder_layers: Positive = 1
     trunk_layers: Positive = 4
     shallow_depths: tuple[Positive, ...] = ()
-    """Numbers of blocks, below ``trunk_layers``, after which the trunk may end; those that follow then do not run."""
-    shallow_budgets: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...] = ()
-    """The highest budget at which each of them is used, fitted to validation text; empty: none is. It may be more than
-    such a depth can spend by running everywhere: then it spends less and is better."""
+    """Numbers of blocks, below ``trunk_layers``, after which the trunk may end: they cut it into stages, of which one
+    runs at some bytes once those below it run at all. Each stage has a density of its own."""
     decoder_layers: int = Field(default=1, ge=0, le=64)
     expand: Positive = 2
     headdim: Positive = 64
@@ -83,9 +81,8 @@ class ModelConfig(StrictModel):
         depths = self.depths
         if list(depths) != sorted(set(depths)):
             raise ValueError(f"shallow_depths = {depths[:-1]} must rise strictly and end below {depths[-1]}")
-        budgets = self.shallow_budgets
-        if len(budgets) not in (0, len(depths) - 1) or list(budgets) != sorted(budgets):
-            raise ValueError(f"shallow_budgets = {budgets} must be none, or rise with shallow_depths = {depths[:-1]}")
+        if len(depths) > 1 and self.density_measured:
+            raise ValueError("density_measured must be off where there are shallow_depths: only the first stage could")
         if not self.min_tile_size <= self.max_tile_size <= self.block_size:
             raise ValueError(
                 f"tile sizes must satisfy min_tile_size = {self.min_tile_size} <= max_tile_size = "
@@ -104,6 +101,14 @@ class ModelConfig(StrictModel):
     def depths(self) -> tuple[int, ...]:
         """Numbers of blocks that the trunk can run with, all of them last."""
         return (*self.shallow_depths, self.trunk_layers)
+
+    def stage(self, depth: int | None) -> int:
+        """Number of the stage, from 0, that ends after ``depth`` blocks; None for all of them."""
+        return len(self.shallow_depths) if depth is None else self.depths.index(depth)
+
+    def base(self, depth: int | None) -> int:
+        """Blocks of the stages below the one that ends after ``depth`` blocks."""
+        return (0, *self.depths)[self.stage(depth)]
 
     @property
     def projected(self) -> bool:

@@ -58,7 +58,7 @@ class Rates:
     prefill: float
     decode: float
     depth: int | None = None
-    """Blocks of the trunk that run when it fires; None for all."""
+    """Blocks of the trunk that run when it fires, those of the stages below at every byte; None for all."""
 
 
 class CostModel:
@@ -75,38 +75,70 @@ class CostModel:
         inner = config.inner(config.d_model)
         window = 2 * config.density_window * config.d_state
         measured = head + 4 * inner * config.d_state + window if config.density_measured else 0
-        learned = 2 * config.density_hidden * (config.d_model + 4)  # it also reads the other four features
-        self._projections = 4 * config.d_model * config.d_trunk if config.projected else 0
+        widths = [config.d_model, *[config.d_trunk] * len(config.shallow_depths)]  # of what each stage is given
+        # The learned feature also reads the other four.
+        self._densities = [measured + 2 * config.density_hidden * (width + 4) for width in widths]
+        self._codes = [2 * width * config.propagation_rank for width in widths]
+        self._projection = 2 * config.d_model * config.d_trunk if config.projected else 0
         self._block = block(config.d_trunk)
-        self._layers = config.trunk_layers
+        self._config = config
         self._unit = Flops(
             encoder=config.encoder_layers * block(config.d_model),
-            density=measured + learned,
+            density=self._densities[0],
             trunk=self.trunk(),
             decoder=config.decoder_layers * block(config.d_model),
             head=head,
         )
-        self._code, self._read = _propagation(config)
+        self._read = _read_flops(config)
         self._d_state = config.d_state
         self._column = config.inner(config.d_trunk)
         self._lowest_rate = 1.0 / config.max_tile_size
-        self._shallow = tuple(zip(config.shallow_depths, config.shallow_budgets, strict=False))
+        later = [(depth if depth < config.trunk_layers else None) for depth in config.depths[1:]]
+        self._starts = [(depth, self.budget(self._lowest_rate, logits=1, depth=depth)) for depth in later]
 
     def trunk(self, depth: int | None = None) -> int:
-        """Operations of a fire: of ``depth`` blocks, None for all, and of the projections around them."""
-        return (self._layers if depth is None else depth) * self._block + self._projections
+        """Operations of ``depth`` blocks at a byte, None for all, and of the projections around their stages."""
+        blocks = self._config.trunk_layers if depth is None else depth
+        return blocks * self._block + (2 + self._config.stage(depth)) * self._projection
+
+    def below(self, depth: int | None = None) -> int:
+        """Of them, those of the stages below the last: they run at every byte."""
+        base = self._config.base(depth)
+        return self.trunk(base) if base else 0
+
+    def tile(self, depth: int | None = None) -> int:
+        """Of them, those of the last stage: what a fire runs."""
+        return self.trunk(depth) - self.below(depth)
+
+    def density(self, depth: int | None = None) -> int:
+        """Operations of the density that places the stage which ends after ``depth`` blocks, at a byte."""
+        return self._densities[self._config.stage(depth)]
 
     def propagation(self, depth: int | None = None) -> int:
-        """Operations of the trunk's states reading a byte at which it does not run; 0 where they skip it."""
-        return self._code + (self._layers if depth is None else depth) * self._read
+        """Operations of its states reading a byte at which it does not run; 0 where they skip it."""
+        return self._codes[self._config.stage(depth)] + self._own_blocks(depth) * self._read
 
     def fire(self, depth: int | None = None) -> int:
-        """Operations by which a fire costs more than a byte at which the trunk does not run."""
-        return self.trunk(depth) - self.propagation(depth)
+        """Operations by which a fire costs more than a byte at which the stage does not run."""
+        return self.tile(depth) - self.propagation(depth)
 
     def depth(self, budget: float) -> int | None:
-        """Blocks of the trunk that run at ``budget``; None for all."""
-        return next((depth for depth, highest in self._shallow if budget <= highest), None)
+        """Blocks of the trunk that run at ``budget``, None for all: as many as it can pay for with fires to place.
+
+        The stages below run everywhere, which is worth more than one above at some bytes.
+        """
+        first = self._config.shallow_depths[0] if self._config.shallow_depths else None
+        return next((depth for depth, least in reversed(self._starts) if budget >= least), first)
+
+    def at_share(self, share: float) -> tuple[int | None, float]:
+        """The depth, None for all, and the fires per byte at which that share of the trunk's blocks runs."""
+        blocks = share * self._config.trunk_layers
+        depth = next((depth for depth in self._config.shallow_depths if blocks <= depth), None)
+        return depth, (blocks - self._config.base(depth)) / self._own_blocks(depth)
+
+    def _own_blocks(self, depth: int | None) -> int:
+        """Blocks of the stage that ends after ``depth``."""
+        return (self._config.trunk_layers if depth is None else depth) - self._config.base(depth)
 
     @property
     def unit(self) -> Flops:
@@ -128,20 +160,21 @@ class CostModel:
         """Operations spent.
 
         Args:
-            positions: tokens read. tiles: of them, how many the trunk ran at. logits: positions at which the head ran.
+            positions: tokens read. tiles: of them, those at which the trunk fired. logits: those at which the head ran.
             analysed: positions at which the density was computed (rates other than 0 and 1).
             columns: of the trunk's state that ran; None for all.
             propagated: positions that the trunk's states read without a tile; None for those analysed that are not one.
-            depth: blocks of the trunk that ran; None for all.
+            depth: blocks of the trunk that ran at a tile, those of the stages below at every position; None for all.
         """
         unit = self._unit
-        blocks = self._layers if depth is None else depth
-        spared = 0 if columns is None else (self._d_state - columns) * self._column * blocks
+        run = positions * self._config.base(depth) + tiles * self._own_blocks(depth)
+        spared = 0 if columns is None else 5 * (self._d_state - columns) * self._column * run
         read = max(analysed - tiles, 0) if propagated is None else propagated
+        trunk = positions * self.below(depth) + tiles * self.tile(depth) + read * self.propagation(depth)
         return Flops(
             encoder=positions * unit.encoder,
-            density=analysed * unit.density,
-            trunk=tiles * (self.trunk(depth) - 5 * spared) + read * self.propagation(depth),
+            density=analysed * self.density(depth),
+            trunk=trunk - spared,
             decoder=positions * unit.decoder,
             head=logits * unit.head,
         )
@@ -158,7 +191,7 @@ class CostModel:
     @property
     def floor(self) -> float:
         """Ratio to full resolution of generating without the trunk: the lowest there is."""
-        return self.flops(1, 0, 1, 0).total / self.full_flops(1, 1)
+        return self.flops(1, 0, 1, 0, depth=self._config.depths[0]).total / self.full_flops(1, 1)
 
     @property
     def least_adaptive(self) -> float:
@@ -167,21 +200,25 @@ class CostModel:
 
     def budget(self, rate: float, *, logits: int, depth: int | None = None) -> float:
         """Ratio to full resolution of reading at ``rate`` with ``logits`` (0 or 1) predictions per byte."""
-        unit = self._unit
-        outer = unit.encoder + unit.decoder + logits * unit.head
-        if not self.analysed(rate):
-            return (outer + rate * self.trunk(depth)) / (outer + unit.trunk)
-        between = unit.density + self.propagation(depth)
-        return (outer + between + rate * self.fire(depth)) / (outer + unit.trunk)
+        outer = self._outer(logits)
+        if self.analysed(rate):
+            between = self.below(depth) + self.density(depth) + self.propagation(depth) + rate * self.fire(depth)
+        else:
+            between = self.trunk(depth) if rate >= 1.0 else self.below(depth)
+        return (outer + between) / (outer + self._unit.trunk)
 
     def rate(self, budget: float, *, logits: int, depth: int | None = None) -> float:
         """Fires per byte that ``budget`` (share of full resolution) pays for, at most 1; 0 where it pays for none."""
-        unit = self._unit
-        outer = unit.encoder + unit.decoder + logits * unit.head
-        left = budget * (outer + unit.trunk) - outer
+        outer = self._outer(logits)
+        left = budget * (outer + self._unit.trunk) - outer
         if left >= self.trunk(depth):
             return 1.0
-        return min(max(left - unit.density - self.propagation(depth), 0.0) / self.fire(depth), 1.0)
+        left -= self.below(depth) + self.density(depth) + self.propagation(depth)
+        return min(max(left, 0.0) / self.fire(depth), 1.0)
+
+    def _outer(self, logits: int) -> int:
+        """Operations at a byte outside the trunk, with ``logits`` (0 or 1) predictions."""
+        return self._unit.encoder + self._unit.decoder + logits * self._unit.head
 
     def rates(self, budget: float) -> Rates:
         """Fire rates and depth for a request with this budget; both rates 0 under :attr:`least_adaptive`."""
@@ -191,16 +228,14 @@ class CostModel:
         return Rates(self.rate(budget, logits=0, depth=depth), self.rate(budget, logits=1, depth=depth), depth)
 
 
-def _propagation(config: ModelConfig) -> tuple[int, int]:
-    """Of one byte: its code, and in a block of the trunk what the convolution and the state read of it.
+def _read_flops(config: ModelConfig) -> int:
+    """Of one byte: what the convolution and the state of a block in the trunk read of its code.
 
     The columns of the smallest level decay and are written; the others decay with the next tile, for all bytes at once.
     """
     rank = config.propagation_rank
     if not rank:
-        return 0, 0
+        return 0
     inner, heads = config.inner(config.d_trunk), config.heads(config.d_trunk)
     mixed = inner + 2 * config.d_state
-    block = 2 * rank * (mixed + heads) + 2 * config.d_conv * mixed
-    block += 3 * inner * config.d_state_levels[0]
-    return 2 * config.d_model * rank, block
+    return 2 * rank * (mixed + heads) + 2 * config.d_conv * mixed + 3 * inner * config.d_state_levels[0]

@@ -21,7 +21,7 @@ from model.adaptive.tiling import TileManager
 from model.config import ModelConfig
 from model.layers.mamba2 import AdaptiveMambaBlock
 from model.layers.norm import RMSNorm
-from model.ops.recurrent import decode_rows, encode_rows, norm_rows, project_rows, read_waiting
+from model.ops.recurrent import decode_rows, encode_rows, enter_rows, norm_rows, project_rows, read_waiting
 from model.ops.ssd import StepTrace
 from model.ops.words import NO_MATRIX, Matrix, readable
 from model.state import BlockState, ModelState
@@ -47,6 +47,9 @@ class System(Protocol):
     exit_norm: RMSNorm
     final_norm: RMSNorm
     training: bool
+
+    def placements(self) -> list[tuple[InformationDensityAnalyzer, TileManager]]:
+        """What places each stage of the trunk."""
 
     @property
     def head_weight(self) -> Tensor:
@@ -74,13 +77,15 @@ class SystemViews:
     down: Matrix
     """[d_trunk, d_model] of the router; empty where the widths are equal."""
     ups: tuple[Matrix, ...]
-    """[d_model, d_trunk] for each depth, rising."""
+    """[d_model, d_trunk] for each stage of the trunk."""
     depths: Any
-    """[D] blocks of the trunk that can run, rising."""
+    """[S] blocks of the trunk after which each stage ends."""
+    placements: tuple[tuple[InformationDensityAnalyzer, TileManager], ...]
+    """What places each stage."""
     raw_fading: Any
     """[d_model]."""
-    code: Matrix
-    """[r, d_model] of the router; empty where the trunk's states skip what it skips."""
+    codes: tuple[Matrix, ...]
+    """[r, d_model] for the first stage, [r, d_trunk] for others; empty where the trunk's states skip what it skips."""
     propagations: tuple[Matrix, ...]
     """[x B C | dt, r] of each block of the trunk; empty likewise."""
     trace_widths: tuple[int, ...]
@@ -112,7 +117,8 @@ def make_views(system: System) -> SystemViews:
         ups=tuple(matrix(cast(nn.Linear | None, up)) for up in router.ups()),
         depths=np.array(system.config.depths),
         raw_fading=array(router.raw_fading),
-        code=matrix(router.code),
+        placements=tuple(system.placements()),
+        codes=tuple(matrix(cast(nn.Linear, code)) for code in router.codes()) or (NO_MATRIX,),
         propagations=tuple(matrix(one) for one in read),
         trace_widths=(last.d_state, last.d_state, last.heads, last.heads) if system.density.measured else (),
     )
@@ -138,42 +144,73 @@ def step_plain(system: System, tokens: Tensor, state: ModelState, rates: Tensor,
     router = state.router
     full = torch.full_like(rows, system.config.d_state)
     hidden, trace = _run(system.encoder, system.embedding(tokens), state.encoder, rows, None, full)
-    fired = rates >= 1.0
-    chosen = ((rates > 0.0) & ~fired).nonzero().squeeze(-1)
-    if len(chosen):
-        measured = system.density.measured
-        logits = nn.functional.linear(system.exit_norm(hidden[chosen]), system.head_weight) if measured else None
-        features, after = system.density.step(
-            hidden[chosen], logits, trace.select(chosen), state.density.gather(chosen)
-        )
-        density = system.density.smooth_step(system.density.combine(features), after)
-        state.density.scatter_(chosen, after)
-        fired[chosen] = fire_step(
-            density, rates[chosen], system.tiles.log_threshold(rates[chosen]), system.tiles.log_spread.exp(),
-            system.tiles.inertia, system.tiles.tau, router.gather(chosen),
-            (system.tiles.min_tile_size, system.tiles.max_tile_size),
-        )  # fmt: skip
-    index, read = fired.nonzero().squeeze(-1), chosen[~fired[chosen]]
-    propagates = system.router.code is not None
-    for depth in system.config.depths:
-        blocks, states = system.trunk[:depth], state.trunk[:depth]
-        some = read[state.depth[read] == depth]
-        if propagates and len(some):
-            codes = system.router.propagated(hidden[some])
-            for block, block_state in zip(blocks, states, strict=True):
-                cast(AdaptiveMambaBlock, block).mixer.propagate(codes, block_state, rows[some], state.columns[some])
-        some = index[state.depth[index] == depth]
-        if len(some):
-            entered = system.router.to_trunk(hidden[some])
-            age = router.positions[some] + 1 - router.last_fire[some]
-            stretch = None if propagates else age.to(hidden.dtype)
-            left, _ = _run(blocks, entered, states, rows[some], stretch, state.columns[some])
-            router.held.index_copy_(0, some, system.router.from_trunk(left - entered, depth))
+    fired, outer = rates >= 1.0, hidden.clone()
+    for stage, depth in enumerate(system.config.depths):
+        of_stage = (state.depth == depth).nonzero().squeeze(-1)
+        if len(of_stage):
+            _step_stage(system, stage, of_stage, hidden, trace, state, rates, rows, fired, outer)
     advance(router, fired, rates)
-    output = hidden + system.router.fade(router.held, router.positions - router.last_fire)
+    output = outer + system.router.fade(router.held, router.positions - router.last_fire)
     if len(system.decoder):
         output, _ = _run(system.decoder, output, state.decoder, rows, None, full)
     return StepOutput(nn.functional.linear(system.final_norm(output), system.head_weight), fired)
+
+
+def _step_stage(
+    system: System,
+    stage: int,
+    index: Tensor,
+    hidden: Tensor,
+    trace: StepTrace,
+    state: ModelState,
+    rates: Tensor,
+    rows: Tensor,
+    fired: Tensor,
+    outer: Tensor,
+) -> None:
+    """The trunk of the rows ``index`` [k] that are placed in ``stage``; what runs at all of them is added to ``outer``.
+
+    Args:
+        hidden: [n, d_model] encoder outputs, with their trace. fired: [n] bool, set where the stage runs. All others as
+            in :func:`step_plain`.
+    """
+    router, depths, start = state.router, system.config.depths, 0
+    inputs = hidden[index]
+    for lower, end in enumerate(depths[:stage]):
+        entered = inputs if lower else system.router.to_trunk(inputs)
+        inputs, _ = _run(
+            system.trunk[start:end], entered, state.trunk[start:end], rows[index], None, state.columns[index]
+        )
+        outer.index_add_(0, index, system.router.from_trunk(inputs - entered, lower))
+        start = end
+    between = ((rates > 0.0) & (rates < 1.0))[index].nonzero().squeeze(-1)
+    if len(between):
+        chosen, (analyzer, tiles) = index[between], system.placements()[stage]
+        logits = (
+            nn.functional.linear(system.exit_norm(inputs[between]), system.head_weight) if analyzer.measured else None
+        )
+        features, after = analyzer.step(inputs[between], logits, trace.select(chosen), state.density.gather(chosen))
+        density = analyzer.smooth_step(analyzer.combine(features), after)
+        state.density.scatter_(chosen, after)
+        fired[chosen] = fire_step(
+            density, rates[chosen], tiles.log_threshold(rates[chosen]), tiles.log_spread.exp(), tiles.inertia,
+            tiles.tau, router.gather(chosen), (tiles.min_tile_size, tiles.max_tile_size),
+        )  # fmt: skip
+    blocks, states = system.trunk[start : depths[stage]], state.trunk[start : depths[stage]]
+    propagates = system.router.code is not None
+    skipping = between[~fired[index[between]]]
+    if propagates and len(skipping):
+        some, codes = index[skipping], system.router.propagated(inputs[skipping], stage)
+        for block, block_state in zip(blocks, states, strict=True):
+            cast(AdaptiveMambaBlock, block).mixer.propagate(codes, block_state, rows[some], state.columns[some])
+    firing = fired[index].nonzero().squeeze(-1)
+    if len(firing):
+        some = index[firing]
+        entered = inputs[firing] if stage else system.router.to_trunk(inputs[firing])
+        age = router.positions[some] + 1 - router.last_fire[some]
+        stretch = None if propagates else age.to(hidden.dtype)
+        left, _ = _run(blocks, entered, states, rows[some], stretch, state.columns[some])
+        router.held.index_copy_(0, some, system.router.from_trunk(left - entered, stage))
 
 
 def _run(
@@ -194,7 +231,8 @@ def _run(
 def step_compiled(system: System, tokens: Tensor, state: ModelState, rates: Tensor, rows: Tensor | None) -> StepOutput:
     """The same on a CPU, for all of a batch where ``rows`` is None; a row has the same bits whoever stands beside it.
 
-    Two compiled calls: what happens in the interpreter is slow, since the weights have pushed it out of the caches.
+    Two or three compiled calls: what happens in the interpreter is slow, since the weights have pushed it out of the
+    caches.
     """
     views, router = system.views(), state.router
     wanted = rates.numpy()
@@ -207,17 +245,21 @@ def step_compiled(system: System, tokens: Tensor, state: ModelState, rates: Tens
     encoder = _with_states(views.encoder, state.encoder)
     read = tokens.contiguous().numpy()
     hidden = encode_rows(read, views.embedding, places, traced, trace, encoder)
-    if len(chosen):
-        outputs = hidden[chosen]
-        logits = project_rows(norm_rows(outputs, *views.exit_norm), views.head) if traced else _NOTHING
-        density = system.density.step_rows(outputs, logits, trace, state.density, chosen)
-        fired[chosen] = system.tiles.fire_rows(density, wanted, router, chosen)
-    later = _later(views, state)
+    later, columns, depth = _later(views, state), state.columns.numpy(), state.depth.numpy()
+    left, several = hidden, len(views.depths) > 1
+    if several:
+        left = enter_rows(places, columns, depth, views.depths, hidden, later, views.down, views.ups)
+    for stage, (analyzer, tiles) in enumerate(views.placements if len(chosen) else ()):
+        some = chosen[depth[chosen] == views.depths[stage]] if several else chosen
+        if len(some):
+            inputs = (left if stage else hidden)[some]
+            logits = project_rows(norm_rows(inputs, *views.exit_norm), views.head) if traced else _NOTHING
+            density = analyzer.step_rows(inputs, logits, trace, state.density, some)
+            fired[some] = tiles.fire_rows(density, wanted, router, some)
     kept = (router.held, router.last_fire, router.fires, router.quota, router.positions, router.codes, router.waiting)
     logits = decode_rows(
-        fired, wanted, hidden, places, state.columns.numpy(), state.depth.numpy(), views.depths, later,
-        views.propagations, views.code, views.down, views.ups, views.raw_fading, *views.final_norm, views.head,
-        *(value.numpy() for value in kept),
+        fired, wanted, hidden, left, places, columns, depth, views.depths, later, views.propagations, views.codes,
+        views.down, views.ups, views.raw_fading, *views.final_norm, views.head, *(value.numpy() for value in kept),
     )  # fmt: skip
     return StepOutput(torch.from_numpy(logits), torch.from_numpy(fired))
 
@@ -227,7 +269,7 @@ def read_codes(system: System, state: ModelState) -> None:
     views, router = system.views(), state.router
     waiting = router.waiting.numpy()
     read_waiting(
-        waiting.nonzero()[0], _all_rows(len(waiting)), state.columns.numpy(), state.depth.numpy(),
+        waiting.nonzero()[0], _all_rows(len(waiting)), state.columns.numpy(), state.depth.numpy(), views.depths,
         router.codes.numpy(), waiting, _later(views, state), views.propagations,
     )  # fmt: skip
 

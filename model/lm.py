@@ -36,6 +36,11 @@ from model.ops.tiling import Bytes
 from model.ops.views import Viewed
 from model.state import BlockState, DensityState, ModelState, RouterState
 
+ALL = slice(None)
+
+Run = tuple[int, int, int | None]
+"""A run of positions: its start and end, and the size to which the trunk's state is brought before it, if any."""
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -46,6 +51,17 @@ class Encoded:
     states: tuple[BlockState, ...]
     trace: ScanTrace | None
     """Of the last block, if the density measures anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entrance:
+    """What a stage of the trunk is given at L positions."""
+
+    stage: int
+    hidden: Tensor
+    """[B, L, d_model] encoder outputs, and what the stages below have added to them."""
+    inputs: Tensor
+    """[B, L, d_trunk] what the stages below have left in the trunk; for the first, encoder outputs [B, L, d_model]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +98,9 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         self.router = CrossScaleRouter(config)
         self.exit_norm = RMSNorm(config.d_model, config.norm_eps)
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        later = config.shallow_depths
+        self.later_density = nn.ModuleList(InformationDensityAnalyzer(config, config.d_trunk) for _ in later)
+        self.later_tiles = nn.ModuleList(TileManager(config) for _ in later)
         self.gradient_checkpointing = False
         """Whether a pass that will be differentiated keeps only what goes in and out of each block."""
 
@@ -97,6 +116,15 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
     def head_weight(self) -> Tensor:
         """[V, d_model] of both heads."""
         return self.embedding.weight if self.config.tied_head else self.output.weight
+
+    def placement(self, depth: int | None = None) -> tuple[InformationDensityAnalyzer, TileManager]:
+        """What places the stage that ends after ``depth`` blocks; None for the last."""
+        return self.placements()[self.config.stage(depth)]
+
+    def placements(self) -> list[tuple[InformationDensityAnalyzer, TileManager]]:
+        """What places each stage of the trunk."""
+        later = zip(self.later_density, self.later_tiles, strict=True)
+        return [(self.density, self.tiles), *cast("list[tuple[InformationDensityAnalyzer, TileManager]]", list(later))]
 
     def allocate_state(self, batch: int, *, d_state: int | None = None, depth: int | None = None) -> ModelState:
         """The state of ``batch`` sequences that have read nothing, the trunk's at ``d_state`` columns (default all).
@@ -127,8 +155,10 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
             self.resize_state_space(state, d_state)
         return state
 
-    def resize_state_space(self, state: ModelState, d_state: int | Tensor) -> None:
+    def resize_state_space(self, state: ModelState, d_state: int | Tensor, part: slice = ALL) -> None:
         """Run the trunk at ``d_state`` columns from here on (one size, or one per sequence [B]); routes live states.
+
+        ``part`` are the blocks whose states are routed: whoever leaves some out routes them with another call.
 
         The tensors are as wide as the widest row needs. Bytes that the states have still to read may go on waiting: to
         read is linear in a state, with the same decay in all columns, and only columns of every size are written.
@@ -137,23 +167,30 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
             ValueError: a size is not one of the levels.
         """
         columns = torch.as_tensor(d_state, device=state.columns.device).expand(len(state.columns))
-        state.trunk = tuple(
-            BlockState(block.conv_state, self.router.route_states(block.ssm_state, columns)) for block in state.trunk
-        )
+        trunk = list(state.trunk)
+        trunk[part] = [
+            BlockState(block.conv_state, self.router.route_states(block.ssm_state, columns)) for block in trunk[part]
+        ]
+        state.trunk = tuple(trunk)
         state.columns = columns.clone()
 
     def set_depth(self, state: ModelState, depth: int) -> None:
         """Run ``depth`` blocks of the trunk from here on, in every row; bytes that wait are read as before.
 
-        Blocks that did not run have read nothing: they go on from where they stood.
+        Blocks that did not run have read nothing: they go on from where they stood. What was held was another stage's,
+        and what was smoothed another stage's density: both begin anew.
 
         Raises:
             ValueError: the depth is not one of the model's.
         """
         if depth not in self.config.depths:
             raise ValueError(f"depth = {depth} must be one of {self.config.depths}")
+        if bool((state.depth == depth).all()):
+            return
         self.settle(state)
         state.depth = torch.full_like(state.depth, depth)
+        state.density = self.density.zero_state(len(state.depth), self.device)
+        state.router = replace(state.router, held=torch.zeros_like(state.router.held))
 
     def settle(self, state: ModelState) -> None:
         """Let the trunk's states read what they have put off, so that they are up to date; replaces them if need be."""
@@ -169,8 +206,16 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         hidden, after, trace = self._run(self.encoder, self.embedding(tokens), states, traced=traced)
         return Encoded(hidden, after, trace if traced else None)
 
-    def features(self, encoded: Encoded, state: DensityState) -> tuple[Tensor, DensityState]:
-        """Density features [B, L, 5] of what was encoded from ``state`` on (not changed), and the state after it."""
+    def features(
+        self, encoded: Encoded, state: DensityState, entrance: Entrance | None = None
+    ) -> tuple[Tensor, DensityState]:
+        """Density features [B, L, 5] of what was encoded from ``state`` on (not changed), and the state after it.
+
+        ``entrance``: of the stage whose density it is; None for the first.
+        """
+        if entrance is not None and entrance.stage:
+            analyzer, _ = self.placements()[entrance.stage]
+            return cast(tuple[Tensor, DensityState], analyzer(entrance.inputs, None, None, state))
         exit_logits = self.exit_head(encoded.hidden) if self.density.measured else None
         return cast(tuple[Tensor, DensityState], self.density(encoded.hidden, exit_logits, encoded.trace, state))
 
@@ -182,22 +227,50 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         """Logits [..., V] of the early exit, from encoder outputs [..., d_model]."""
         return F.linear(self.exit_norm(hidden), self.head_weight)
 
-    def combine(self, hidden: Tensor, fires: Tensor | None, state: ModelState, *, propagate: bool = True) -> Tensor:
+    def enter(self, hidden: Tensor, state: ModelState) -> list[Entrance]:
+        """What each stage is given, up to the one that ``state.depth`` says; those below it run at every position.
+
+        Args:
+            hidden: [B, L, d_model] encoder outputs. state: before them, all rows at one depth; of its trunk the rows
+                of the stages below are replaced by those after.
+        """
+        entrances, start = [Entrance(0, hidden, hidden)], 0
+        for stage, end in enumerate(self.config.depths[: self.config.stage(_depth(state))]):
+            below = entrances[-1]
+            inputs = below.inputs if stage else self.router.to_trunk(hidden).to(hidden.dtype)
+            left = self._run_trunk(inputs, None, None, state, slice(start, end))
+            update = self.router.from_trunk(left - inputs, stage).to(hidden.dtype)
+            entrances.append(Entrance(stage + 1, below.hidden + update, left))
+            start = end
+        return entrances
+
+    def combine(
+        self,
+        hidden: Tensor,
+        fires: Tensor | None,
+        state: ModelState,
+        *,
+        propagate: bool = True,
+        entrance: Entrance | None = None,
+    ) -> Tensor:
         """Trunk, hold and decoder over L positions.
 
         Args:
-            hidden: [B, L, d_model] encoder outputs. fires: [B, L] bool, None for every position.
+            hidden: [B, L, d_model] encoder outputs. fires: [B, L] bool, where the stage runs at which the trunk ends,
+                None for every position; stages below it run at all of them.
             state: before them, all rows at one depth; its trunk, decoder and router rows are replaced by those after.
-            propagate: whether the trunk's states read the bytes between fires, if this model can: at the floor, where
-                no fire will ever look at them, they do not.
+            propagate: whether the states of the stage read the bytes between fires, if this model can: at the floor,
+                where no fire will ever look at them, they do not.
+            entrance: what the stage is given, where :meth:`enter` has said it; None to ask it here.
 
         Returns:
             [B, L, d_model] decoder outputs.
         """
         self.settle(state)
+        given = self.enter(hidden, state)[-1] if entrance is None else entrance
         router, propagates = state.router, self.router.code is not None
         if fires is None and (propagates or bool((router.last_fire == router.positions).all())):
-            spread = self._run_trunk(hidden, None, None, state)
+            spread = self._run_stage(given.inputs, given.stage, None, None, state)
             self.router.take(spread, router)
         else:
             fires = torch.ones_like(hidden[..., 0], dtype=torch.bool) if fires is None else fires
@@ -209,53 +282,68 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
                 at = router.positions.unsqueeze(1) + places + 1  # the first byte is 1
                 stretch = torch.diff(at, dim=1, prepend=router.last_fire.unsqueeze(1)).clamp_min(1).to(hidden.dtype)
             elif propagate:
-                propagated = Propagated(self.router.propagated(hidden), fires, places)
-            updates = hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+                propagated = Propagated(self.router.propagated(given.inputs, given.stage), fires, places)
+            selected = given.inputs.gather(1, places.unsqueeze(-1).expand(-1, -1, given.inputs.shape[-1]))
             if most or propagated is not None:
                 lengths = None if bool((count == most).all()) else count
-                updates = self._run_trunk(updates, stretch, lengths, state, propagated)
+                updates = self._run_stage(selected, given.stage, stretch, lengths, state, propagated)
+            else:
+                updates = hidden[:, :0]
             spread = self.router.hold(updates, fires, router)
-        output, state.decoder, _ = self._run(self.decoder, hidden + spread, state.decoder)
+        output, state.decoder, _ = self._run(self.decoder, given.hidden + spread, state.decoder)
         return output
 
-    def combine_everywhere(self, hidden: Tensor, depths: Sequence[int]) -> list[Tensor]:
-        """Decoder outputs [B, L, d_model] of whole texts at several ``depths``, rising, the trunk run at every byte.
+    def combine_everywhere(self, hidden: Tensor) -> tuple[list[Tensor], list[Entrance]]:
+        """Decoder outputs [B, L, d_model] of whole texts at each depth, the trunk run at every byte.
 
         A block runs once for all depths that have it; what :meth:`combine` would do at one of them is the same.
 
         Args:
             hidden: [B, L, d_model] encoder outputs.
-        """
-        state, outputs, start = self.allocate_state(len(hidden)), [], 0
-        left = entered = self.router.to_trunk(hidden).to(hidden.dtype)
-        for depth in depths:
-            left, _, _ = self._run(self.trunk[start:depth], left, state.trunk[start:depth])
-            update = self.router.from_trunk(left - entered, depth).to(hidden.dtype)
-            outputs.append(self._run(self.decoder, hidden + update, state.decoder)[0])
-            start = depth
-        return outputs
 
-    def _run_trunk(
+        Returns:
+            outputs by depth, and what each stage was given.
+        """
+        state = self.allocate_state(len(hidden))
+        entrances = self.enter(hidden, state)
+        last = self._run_stage(entrances[-1].inputs, entrances[-1].stage, None, None, state)
+        sums = [*(entrance.hidden for entrance in entrances[1:]), entrances[-1].hidden + last]
+        return [self._run(self.decoder, one, state.decoder)[0] for one in sums], entrances
+
+    def _run_stage(
         self,
         selected: Tensor,
+        stage: int,
         stretch: Tensor | None,
         lengths: Tensor | None,
         state: ModelState,
         propagated: Propagated | None = None,
     ) -> Tensor:
-        """The trunk's update at outer width [B, K, d_model] for selected encoder outputs [B, K, d_model].
+        """What a stage adds at outer width [B, K, d_model] to selected rows of what it is given [B, K, D].
 
-        Of row i the first ``lengths[i]`` count (None: all K). The trunk's state is replaced.
+        Of row i the first ``lengths[i]`` count (None: all K). The states of its blocks are replaced.
         """
-        entered = self.router.to_trunk(selected).to(selected.dtype)  # residuals keep their precision under autocast
-        width = state.trunk[0].ssm_state.shape[-1]
+        # Residuals keep their precision under autocast.
+        entered = selected if stage else self.router.to_trunk(selected).to(selected.dtype)
+        depth = self.config.depths[stage]
+        left = self._run_trunk(entered, stretch, lengths, state, slice(self.config.base(depth), depth), propagated)
+        return self.router.from_trunk(left - entered, stage).to(selected.dtype)
+
+    def _run_trunk(
+        self,
+        entered: Tensor,
+        stretch: Tensor | None,
+        lengths: Tensor | None,
+        state: ModelState,
+        part: slice,
+        propagated: Propagated | None = None,
+    ) -> Tensor:
+        """Some blocks of the trunk over [B, K, d_trunk]; their states are replaced."""
+        width = state.trunk[part][0].ssm_state.shape[-1]
         columns = None if bool((state.columns == width).all()) else state.columns
-        depth = int(state.depth[0])
-        assert bool((state.depth == depth).all()), "a pass runs at one depth"
-        blocks, states = self.trunk[:depth], state.trunk[:depth]
-        left, after, _ = self._run(blocks, entered, states, stretch, lengths, columns, propagated)
-        state.trunk = after + state.trunk[depth:]
-        return self.router.from_trunk(left - entered, depth).to(selected.dtype)
+        left, after, _ = self._run(self.trunk[part], entered, state.trunk[part], stretch, lengths, columns, propagated)
+        state.trunk = state.trunk[: part.start] + after + state.trunk[part.stop :]
+        return left
 
     def _run(
         self,
@@ -290,7 +378,7 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         """Logits [B, L, V] of whole sequences.
 
         Args:
-            tokens: [B, L] int64. fires: [B, L] bool, where the trunk runs; None for everywhere.
+            tokens: [B, L] int64. fires: [B, L] bool, where the trunk's last stage runs; None for everywhere.
             d_state: state size of the trunk, one of the levels. depth: blocks of the trunk that run, one of the depths.
         """
         state = self.allocate_state(len(tokens), d_state=d_state, depth=depth)
@@ -298,12 +386,16 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         return self.head(self.combine(encoded.hidden, fires, state))
 
     @torch.inference_mode()
-    def analyse(self, tokens: Tensor) -> Tensor:
-        """Smoothed density [B, L] in bits (float64), by which the trunk's places are chosen, of sequences [B, L]."""
-        state = self.allocate_state(len(tokens))
+    def analyse(self, tokens: Tensor, depth: int | None = None) -> Tensor:
+        """Smoothed density [B, L] in bits (float64), by which the trunk's places are chosen, of sequences [B, L].
+
+        It is that of the stage which ends after ``depth`` blocks; None for the last.
+        """
+        state = self.allocate_state(len(tokens), depth=depth)
         encoded = self.encode(tokens, state.encoder)
-        features, after = self.features(encoded, state.density)
-        return torch.from_numpy(self.density.smooth(self.density.combine(features), state.density, after))
+        features, after = self.features(encoded, state.density, self.enter(encoded.hidden, state)[-1])
+        density, _ = self.placement(depth)
+        return torch.from_numpy(density.smooth(density.combine(features), state.density, after))
 
     @torch.inference_mode()
     def prefill(
@@ -348,49 +440,57 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
     ) -> PrefillOutput:
         encoded = self.encode(tokens, state.encoder)
         state.encoder = encoded.states
-        plan = self._plan(encoded, state, rate, causal=score)
+        runs = _cut(sizes, tokens.shape[1])
+        entrance = self._enter_runs(encoded.hidden, state, runs)
+        plan = self._plan(encoded, entrance, state, rate, causal=score)
         quota = accrue(state.router.quota, rate, tokens.shape[1])
         fires = torch.from_numpy(plan.astype(bool)).to(tokens.device).unsqueeze(0)
-        output = self._combine_runs(encoded.hidden, None if rate >= 1.0 else fires, state, sizes, propagate=rate > 0.0)
+        output = self._combine_runs(entrance, None if rate >= 1.0 else fires, state, runs, propagate=rate > 0.0)
         state.router.quota = quota
         logits = None
         if predict or score:
             logits = self.head(output if score else output[:, -1])[0]
         return PrefillOutput(logits, np.flatnonzero(plan).tolist())
 
+    def _enter_runs(self, hidden: Tensor, state: ModelState, runs: list[Run]) -> Entrance:
+        """What the placed stage is given, the states of those below resized where a run begins."""
+        below, columns = slice(0, self.config.base(_depth(state))), state.columns
+        parts = []
+        for start, end, d_state in runs:
+            if d_state is not None and below.stop:
+                self.resize_state_space(state, d_state, below)
+            parts.append(self.enter(hidden[:, start:end], state)[-1])
+        state.columns = columns  # the other blocks are still at that size
+        if len(parts) == 1:
+            return parts[0]
+        together = torch.cat([part.hidden for part in parts], 1)
+        return Entrance(parts[0].stage, together, torch.cat([part.inputs for part in parts], 1))
+
     def _combine_runs(
-        self,
-        hidden: Tensor,
-        fires: Tensor | None,
-        state: ModelState,
-        sizes: Sequence[tuple[int, int]],
-        *,
-        propagate: bool,
+        self, given: Entrance, fires: Tensor | None, state: ModelState, runs: list[Run], *, propagate: bool
     ) -> Tensor:
-        """:meth:`combine`, with the trunk's state resized before each offset of ``sizes``."""
-        bounds = [offset for offset, _ in sizes] + [hidden.shape[1]]
-        if any(start >= end for start, end in pairwise(bounds)) or bounds[0] < 0:
-            raise ValueError(f"sizes = {sizes} must have offsets that rise from 0 and end before {hidden.shape[1]}")
+        """:meth:`combine` run by run, with the states that are not yet resized resized where one begins."""
+        above = slice(self.config.base(_depth(state)), None)
         outputs = []
-        for (start, d_state), end in zip([(0, None), *sizes], bounds, strict=True):
+        for start, end, d_state in runs:
             if d_state is not None:
-                self.resize_state_space(state, d_state)
-            if start < end:
-                part = _part(fires, start, end)
-                outputs.append(self.combine(hidden[:, start:end], part, state, propagate=propagate))
+                self.resize_state_space(state, d_state, above)
+            part = Entrance(given.stage, given.hidden[:, start:end], given.inputs[:, start:end])
+            chosen = None if fires is None else fires[:, start:end]
+            outputs.append(self.combine(part.hidden, chosen, state, propagate=propagate, entrance=part))
         return torch.cat(outputs, 1)
 
-    def _plan(self, encoded: Encoded, state: ModelState, rate: float, *, causal: bool) -> Bytes:
+    def _plan(self, encoded: Encoded, entrance: Entrance, state: ModelState, rate: float, *, causal: bool) -> Bytes:
         """Fires of one block of one sequence; analyses it where the rate leaves a choice."""
         if not self.cost.analysed(rate):
             return np.full(encoded.hidden.shape[1], int(rate >= 1.0), np.uint8)
-        before = state.density
-        features, state.density = self.features(encoded, before)
-        density = self.density.smooth(self.density.combine(features), before, state.density)[0]
+        before, (analyzer, tiles) = state.density, self.placements()[entrance.stage]
+        features, state.density = self.features(encoded, before, entrance)
+        density = analyzer.smooth(analyzer.combine(features), before, state.density)[0]
         router = state.router
         position, last_fire, fires = (int(count) for count in (router.positions, router.last_fire, router.fires))
         pace = Pace(position, last_fire, fires, router.quota.item())
-        return self.tiles.online(density, rate, pace) if causal else self.tiles.plan(density, rate, pace)
+        return tiles.online(density, rate, pace) if causal else tiles.plan(density, rate, pace)
 
     def step(self, tokens: Tensor, state: ModelState, rates: Tensor, rows: Tensor | None = None) -> StepOutput:
         """Read one token per sequence, the trunk only for those that fire.
@@ -423,5 +523,21 @@ def _blocks(modules: nn.ModuleList) -> list[AdaptiveMambaBlock]:
     return cast("list[AdaptiveMambaBlock]", list(modules))
 
 
-def _part(fires: Tensor | None, start: int, end: int) -> Tensor | None:
-    return None if fires is None else fires[:, start:end]
+def _depth(state: ModelState) -> int:
+    """The one depth of all rows."""
+    depth = int(state.depth[0])
+    assert bool((state.depth == depth).all()), "a pass runs at one depth"
+    return depth
+
+
+def _cut(sizes: Sequence[tuple[int, int]], length: int) -> list[Run]:
+    """The runs of a piece of ``length`` positions in which ``sizes`` begin at offsets.
+
+    Raises:
+        ValueError: the offsets do not rise inside the piece.
+    """
+    bounds = [offset for offset, _ in sizes] + [length]
+    if any(start >= end for start, end in pairwise(bounds)) or bounds[0] < 0:
+        raise ValueError(f"sizes = {sizes} must have offsets that rise from 0 and end before {length}")
+    runs: list[Run] = [(start, end, size) for (start, size), end in zip(sizes, bounds[1:], strict=True)]
+    return [(0, bounds[0], None), *runs] if bounds[0] else runs

@@ -125,7 +125,7 @@ class RouterState(Rows):
     """What the router holds between fires, and the pacing of fires."""
 
     held: Tensor
-    """[B, d_model] the trunk's last update at outer width; 0 before the first fire."""
+    """[B, d_model] the last update, at outer width, of the stage that is placed; 0 before its first fire."""
     last_fire: Tensor
     """[B] int64, one more than the position of the last fire; 0 before the first."""
     fires: Tensor
@@ -155,7 +155,8 @@ class ModelState(Rows):
     columns: Tensor
     """[B] int64, columns of the trunk's ssm_state that run; those beyond are zero."""
     depth: Tensor
-    """[B] int64, blocks of the trunk that run; the states of those beyond read nothing."""
+    """[B] int64, blocks of the trunk that run, those of the stages below at every byte; the states of those beyond read
+    nothing."""
 
 
 def zero_block_state(

@@ -89,12 +89,12 @@ MUTATIONS = (
     ),
     Mutation(
         "tile pooled over its past instead of selected", SYSTEM,
-        "updates = hidden.gather(",
-        "updates = (hidden.cumsum(1) / hidden[..., :1].abs().gt(-1).cumsum(1)).gather(", (STEPS,),
+        "selected = given.inputs.gather(",
+        "selected = (given.inputs.cumsum(1) / given.inputs[..., :1].abs().gt(-1).cumsum(1)).gather(", (STEPS,),
     ),
     Mutation(
         "tile pooled over the bytes to come", SYSTEM,
-        "updates = hidden.gather(", "updates = hidden.flip(1).cumsum(1).flip(1).gather(", (CAUSAL,),
+        "selected = given.inputs.gather(", "selected = given.inputs.flip(1).cumsum(1).flip(1).gather(", (CAUSAL,),
     ),
     Mutation(
         "a decision sees the next byte", RULE,
@@ -231,15 +231,41 @@ MUTATIONS = (
     ),
     Mutation(
         "compiled: what waits is read by every block of the trunk", LOOPS,
-        "some = chosen[: np.sum(depth[chosen] > i)]", "some = chosen", ("tests/model/test_depth.py",),
+        "for i in range(first, last):\n                levels",
+        "for i in range(len(propagations)):\n                levels",
+        ("tests/model/test_depth.py",),
     ),
     Mutation(
-        "compiled: every depth leaves the trunk by the projection of the whole", LOOPS,
-        "project_rows(update, ups[k])", "project_rows(update, ups[-1])", (STEPS,),
+        "compiled: every stage leaves the trunk by the projection of the last", LOOPS,
+        "rows, columns, first, last, blocks, ups[k])", "rows, columns, first, last, blocks, ups[-1])", (STEPS,),
+    ),
+    Mutation(
+        "compiled: the stages below the one that is placed add nothing", LOOPS,
+        "hidden[row] += update[i]", "hidden[row] += 0 * update[i]", (STEPS,),
+    ),
+    Mutation(
+        "compiled: a later stage is placed by the thresholds of the first", "model/decoding.py",
+        "tiles.fire_rows(density", "views.placements[0][1].fire_rows(density", (READING, "tests/model/test_depth.py"),
+    ),
+    Mutation(
+        "the density of a later stage learns what all of the trunk is worth", "model/training/loss.py",
+        "(fresh[stage - 1] if stage else floor).detach()", "floor.detach()", ("tests/model/test_depth.py",),
+    ),
+    Mutation(
+        "a resize in mid-prompt does not reach the stages that run everywhere", SYSTEM,
+        "if d_state is not None and below.stop:", "if False:", ("tests/parity/test_resolutions.py",),
+    ),
+    Mutation(
+        "what another stage held is added to what this one does", SYSTEM,
+        "held=torch.zeros_like(state.router.held)", "held=state.router.held", ("tests/model/test_depth.py", READING),
     ),
     Mutation(
         "operations of blocks that did not run billed", "model/cost.py",
-        "tiles * (self.trunk(depth) -", "tiles * (self.trunk() -", ("tests/model/test_depth.py",),
+        "tiles * self.tile(depth)", "tiles * self.tile()", ("tests/model/test_depth.py",),
+    ),
+    Mutation(
+        "operations of the stages that run everywhere not billed", "model/cost.py",
+        "trunk = positions * self.below(depth) +", "trunk =", ("tests/model/test_depth.py",),
     ),
     Mutation(
         "operations between fires not billed", "model/cost.py",
@@ -247,7 +273,7 @@ MUTATIONS = (
     ),
     Mutation(
         "operations of the density not billed", "model/cost.py",
-        "density=analysed * unit.density", "density=0", ("tests/model/test_cost.py",),
+        "density=analysed * self.density(depth)", "density=0", ("tests/model/test_cost.py",),
     ),
 )  # fmt: skip
 

@@ -46,8 +46,10 @@ class InformationDensityAnalyzer(Viewed[tuple[Any, ...]]):
     inner_bias: Tensor
     outer: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, width: int | None = None) -> None:
+        """``width``: of what it reads, ``d_model`` by default."""
         super().__init__()
+        width = config.d_model if width is None else width
         self.measured = config.density_measured
         self.window = config.density_window if config.density_measured else 0
         self.window_size = config.window_size
@@ -60,7 +62,7 @@ class InformationDensityAnalyzer(Viewed[tuple[Any, ...]]):
         self.register_buffer("mean", torch.zeros(STANDARDISED))
         self.register_buffer("std", torch.ones(STANDARDISED))
         units = config.density_hidden
-        inner = torch.empty(units, config.d_model + STANDARDISED).normal_(std=config.d_model**-0.5)
+        inner = torch.empty(units, width + STANDARDISED).normal_(std=width**-0.5)
         for name, value in (("inner", inner), ("inner_bias", torch.zeros(units)), ("outer", torch.zeros(units))):
             if units:
                 self.register_parameter(name, nn.Parameter(value))
@@ -88,7 +90,10 @@ class InformationDensityAnalyzer(Viewed[tuple[Any, ...]]):
         return (features - self.mean) / self.std
 
     def learned(self, features: Tensor, hidden: Tensor) -> Tensor:
-        """``features`` [..., 4] with the learned one behind them [..., 5], from encoder outputs [..., d_model]."""
+        """``features`` [..., 4] with the learned one behind them [..., 5], from encoder outputs [..., d_model].
+
+        A later stage of the trunk gives what it reads instead, of the trunk's width.
+        """
         normal = F.rms_norm(hidden, hidden.shape[-1:], eps=self.norm_eps)
         inner = F.linear(torch.cat([normal, self._standard(features)], -1), self.inner, self.inner_bias)
         learned = (F.silu(inner) * self.outer).sum(-1, keepdim=True)

@@ -16,13 +16,13 @@ from model.state import RouterState
 
 
 class CrossScaleRouter(nn.Module):
-    """Selects the trunk's inputs, projects between the widths, and holds the trunk's last update between fires."""
+    """Projects between the widths, and holds the last update of the stage that is placed between its fires."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.d_state = config.d_state
         self.levels = config.d_state_levels
-        self.depths = config.depths
+        self.stages = len(config.depths)
         if config.projected:
             self.down: nn.Linear | None = nn.Linear(config.d_model, config.d_trunk, bias=False)
             self.up: nn.Linear | None = nn.Linear(config.d_trunk, config.d_model, bias=False)
@@ -41,31 +41,38 @@ class CrossScaleRouter(nn.Module):
             nn.init.normal_(self.code.weight, std=config.d_model**-0.5)
         self.raw_fading = nn.Parameter(torch.full((config.d_model,), 2.0))
         self.fold = nn.ParameterDict({str(n): nn.Parameter(torch.zeros(n, self.d_state - n)) for n in self.levels[:-1]})
+        self.later_codes = nn.ModuleList()
+        for _ in config.shallow_depths if config.propagation_rank else ():
+            code = nn.Linear(config.d_trunk, config.propagation_rank, bias=False)
+            nn.init.normal_(code.weight, std=config.d_trunk**-0.5)
+            self.later_codes.append(code)
 
     def to_trunk(self, selected: Tensor) -> Tensor:
         """Outer width to trunk width, [..., d_model] -> [..., d_trunk]."""
         return selected if self.down is None else self.down(selected)
 
-    def from_trunk(self, update: Tensor, depth: int | None = None) -> Tensor:
-        """Trunk width to outer width, [..., d_trunk] -> [..., d_model], after ``depth`` blocks (None: all)."""
-        if str(depth) in self.shallow_up:
-            return cast(Tensor, self.shallow_up[str(depth)](update))
-        return update if self.up is None else self.up(update)
+    def from_trunk(self, update: Tensor, stage: int = 0) -> Tensor:
+        """What a stage adds, trunk width to outer width, [..., d_trunk] -> [..., d_model]."""
+        up = self.ups()[stage]
+        return update if up is None else cast(Tensor, up(update))
 
     def ups(self) -> list[nn.Module | None]:
-        """What :meth:`from_trunk` applies at each depth, rising; None where the widths are equal."""
+        """What :meth:`from_trunk` applies, by stage; None where the widths are equal."""
         if self.up is None:
-            return [None] * len(self.depths)
+            return [None] * self.stages
         return [*self.shallow_up.values(), self.up]
 
-    def propagated(self, hidden: Tensor) -> Tensor:
-        """What the trunk's states read of bytes where it does not fire, [..., d_model] -> [..., propagation_rank].
+    def codes(self) -> list[nn.Module]:
+        """What :meth:`propagated` applies, by stage; none where the states skip what the trunk skips."""
+        return [] if self.code is None else [self.code, *self.later_codes]
+
+    def propagated(self, inputs: Tensor, stage: int = 0) -> Tensor:
+        """What a stage's states read of bytes where it does not fire, from what it is given, [..., propagation_rank].
 
         Source: state propagation of Schuster et al. 2022 (CALM), section 3.3: what a layer that is skipped would have
         stored is computed from the output of the last one that ran.
         """
-        assert self.code is not None, "only where propagation_rank is above 0"
-        return cast(Tensor, self.code(F.rms_norm(hidden, hidden.shape[-1:], eps=self.norm_eps)))
+        return cast(Tensor, self.codes()[stage](F.rms_norm(inputs, inputs.shape[-1:], eps=self.norm_eps)))
 
     def fade(self, held: Tensor, age: Tensor) -> Tensor:
         """``rho(age) * held``: rho = (1 + age)^-k, k > 0 learned per channel, so rho(0) = 1 exactly.

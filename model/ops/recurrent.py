@@ -735,49 +735,45 @@ def _read_codes(
 
 
 @njit(cache=True, nogil=True)
-def _deepest_first(chosen: Integers, depth: Integers) -> Integers:  # pragma: no cover - compiled
-    """Some of n rows in the order of their ``depth`` [n], so that those that a block runs for stand together."""
-    return chosen[np.argsort(-depth[chosen], kind="mergesort")]
-
-
-@njit(cache=True, nogil=True)
 def read_waiting(
     chosen: Integers,
     rows: Integers,
     columns: Integers,
     depth: Integers,
+    depths: Integers,
     codes: Singles,
     waiting: Integers,
     blocks: tuple[Any, ...],
     propagations: tuple[Matrix, ...],
 ) -> None:  # pragma: no cover - compiled
-    """Let the trunk's states read what waits for them: for all blocks and bytes of a row at once.
+    """Let the trunk's states read what waits for them: for all blocks of a stage and bytes of a row at once.
 
     Read one by one, a state would pass through the caches at every byte, and so would the matrices.
 
     Args:
         chosen: those of n rows that read. rows: [n] rows of the states. columns: [n] of the state that run.
-        depth: [n] blocks that read, the first ones.
+        depth: [n] blocks after which each row's stage ends, the one that reads. depths: those that there are, rising.
         codes: [n, W, r], of which the first ``waiting`` [n] count; none wait afterwards.
         blocks: as in :func:`decode_rows`. propagations: a matrix [x B C | dt, r] for each block of the trunk.
     """
-    chosen = _deepest_first(chosen, depth)
-    starts = np.zeros(chosen.shape[0] + 1, np.int64)
-    for i, row in enumerate(chosen):
-        starts[i + 1] = starts[i] + waiting[row]
-    together = np.empty((starts[-1], codes.shape[2]), np.float32)
-    for i, row in enumerate(chosen):
-        together[starts[i] : starts[i + 1]] = codes[row, : waiting[row]]
-        waiting[row] = 0
-    for i in range(len(propagations)):
-        some = chosen[: np.sum(depth[chosen] > i)]
-        if not len(some):
-            break
-        levels, _, conv, per_head = blocks[i][:4]
-        _read_codes(
-            rows[some], starts, together[: starts[len(some)]], columns[some], propagations[i], levels, conv, per_head,
-            *blocks[i][8:10], *blocks[i][12:],
-        )  # fmt: skip
+    first = 0
+    for last in depths:
+        some = chosen[depth[chosen] == last]
+        starts = np.zeros(len(some) + 1, np.int64)
+        for i, row in enumerate(some):
+            starts[i + 1] = starts[i] + waiting[row]
+        together = np.empty((starts[-1], codes.shape[2]), np.float32)
+        for i, row in enumerate(some):
+            together[starts[i] : starts[i + 1]] = codes[row, : waiting[row]]
+            waiting[row] = 0
+        if len(some):
+            for i in range(first, last):
+                levels, _, conv, per_head = blocks[i][:4]
+                _read_codes(
+                    rows[some], starts, together, columns[some], propagations[i], levels, conv, per_head,
+                    *blocks[i][8:10], *blocks[i][12:],
+                )  # fmt: skip
+        first = last
 
 
 @njit(cache=True, nogil=True)
@@ -813,42 +809,86 @@ def _no_trace() -> tuple[Singles, Singles, Singles, Singles, Floats]:  # pragma:
 
 
 @njit(cache=True, nogil=True)
-def _run_trunk(
+def _gather(values: Singles, index: Integers) -> Singles:  # pragma: no cover - compiled
+    """The rows ``index`` [k] of ``values`` [n, D], copied: for so few, loops are faster than fancy indexing."""
+    gathered = np.empty((len(index), values.shape[1]), np.float32)
+    for i, row in enumerate(index):
+        gathered[i] = values[row]
+    return gathered
+
+
+@njit(cache=True, nogil=True)
+def _run_stage(
     index: Integers,
     log_stretch: Singles,
-    hidden: Singles,
+    entered: Singles,
+    rows: Integers,
+    columns: Integers,
+    first: int,
+    last: int,
+    blocks: tuple[Any, ...],
+    up: Matrix,
+) -> tuple[Singles, Singles]:  # pragma: no cover - compiled
+    """What the blocks from ``first`` up to ``last`` leave in the trunk [k, d_trunk], and what they add [k, d_model].
+
+    Args:
+        index: [k] those of n rows for which they run. log_stretch: [k]. entered: [k, d_trunk].
+        up: [d_model, d_trunk], empty where the widths are equal. All others as in :func:`decode_rows`.
+    """
+    left, trace = entered.copy(), _no_trace()
+    for i in range(first, last):
+        block_rows(rows[index], left, log_stretch, columns[index], False, trace, *blocks[i])
+    update = left - entered
+    return left, project_rows(update, up) if up[0].shape[0] else update
+
+
+@njit(cache=True, nogil=True)
+def enter_rows(
     rows: Integers,
     columns: Integers,
     depth: Integers,
     depths: Integers,
+    hidden: Singles,
     blocks: tuple[Any, ...],
     down: Matrix,
     ups: tuple[Matrix, ...],
-    held: Singles,
-) -> None:  # pragma: no cover - compiled
-    """Run the trunk for some rows of a batch, each to its depth, and hold what it adds.
+) -> Singles:  # pragma: no cover - compiled
+    """Run the stages below the one that is placed, for the rows that have some; what they leave [n, d_trunk].
 
     Args:
-        index: [k] those of n rows, the deepest first. log_stretch: [k]. All others as in :func:`decode_rows`.
+        rows, columns, depth, depths, blocks, down, ups: as in :func:`decode_rows`.
+        hidden: [n, d_model] encoder outputs, to which is added what the stages add.
     """
-    trace = _no_trace()
-    selected = np.empty((len(index), hidden.shape[1]), np.float32)
-    for i, row in enumerate(index):
-        selected[i] = hidden[row]
-    entered = project_rows(selected, down) if down[0].shape[0] else selected
-    left = entered.copy()
-    for i in range(depths[-1]):
-        some = index[: np.sum(depth[index] > i)]
+    left = np.empty((len(rows), down[0].shape[0] if down[0].shape[0] else hidden.shape[1]), np.float32)
+    first = 0
+    for k in range(len(depths) - 1):
+        some = np.flatnonzero(depth > depths[k])
         if not len(some):
             break
-        block_rows(rows[some], left[: len(some)], log_stretch, columns[some], False, trace, *blocks[i])
-    for k in range(len(ups)):
-        first, last = np.sum(depth[index] > depths[k]), np.sum(depth[index] >= depths[k])
-        if first < last:
-            update = left[first:last] - entered[first:last]
-            update = project_rows(update, ups[k]) if ups[k][0].shape[0] else update
-            for i in range(first, last):
-                held[index[i]] = update[i - first]
+        if k == 0:
+            entered = _gather(hidden, some)
+            entered = project_rows(entered, down) if down[0].shape[0] else entered
+        else:
+            entered = _gather(left, some)
+        stretch = np.zeros(len(some), np.float32)
+        after, update = _run_stage(some, stretch, entered, rows, columns, first, depths[k], blocks, ups[k])
+        for i, row in enumerate(some):
+            left[row] = after[i]
+            hidden[row] += update[i]
+        first = depths[k]
+    return left
+
+
+@njit(cache=True, nogil=True)
+def _make_codes(
+    skipping: Integers, given: Singles, eps: float, code: Matrix, codes: Singles, waiting: Integers
+) -> None:  # pragma: no cover - compiled
+    """Let the codes of what a stage is ``given`` [n, D] wait, for the rows ``skipping`` [k] where it does not run."""
+    skipped = _gather(given, skipping)
+    new = project_rows(norm_rows(skipped, np.ones(given.shape[1], np.float32), eps), code)
+    for i, row in enumerate(skipping):
+        codes[row, waiting[row]] = new[i]
+        waiting[row] += 1
 
 
 @njit(cache=True, nogil=True)
@@ -856,13 +896,14 @@ def decode_rows(
     fired: Booleans,
     rates: Floats,
     hidden: Singles,
+    left: Singles,
     rows: Integers,
     columns: Integers,
     depth: Integers,
     depths: Integers,
     blocks: tuple[Any, ...],
     propagations: tuple[Matrix, ...],
-    code: Matrix,
+    code: tuple[Matrix, ...],
     down: Matrix,
     ups: tuple[Matrix, ...],
     raw_fading: Singles,
@@ -877,40 +918,45 @@ def decode_rows(
     codes: Singles,
     waiting: Integers,
 ) -> Singles:  # pragma: no cover - compiled
-    """Logits [n, V] of one step from the encoder outputs [n, d_model]: trunk where it fires, hold, decoder and head.
+    """Logits [n, V] of one step from the encoder outputs: the placed stage where it fires, hold, decoder and head.
 
     Args:
         fired: [n]. rates: [n]. rows: [n] rows of the blocks' states. columns: [n] of the trunk's state that run.
+        hidden: [n, d_model] encoder outputs and what the stages below add. left: [n, d_trunk], of :func:`enter_rows`;
+            not read of rows in the first stage.
         depth: [n] blocks of the trunk that run. depths: those that there are, rising.
         blocks: a tuple for each block of trunk and decoder, as of :func:`encode_rows`.
-        propagations: a matrix [x B C | dt, r] for each block of the trunk, and code: [r, d_model] of the router; empty
-            where the states do not read what the trunk skips.
-        down: [d_trunk, d_model] of the router, and ups: [d_model, d_trunk] for each depth; empty where the widths are
+        propagations: a matrix [x B C | dt, r] for each block of the trunk, and code: [r, D] for each stage; empty where
+            the states do not read what the trunk skips.
+        down: [d_trunk, d_model] of the router, and ups: [d_model, d_trunk] for each stage; empty where the widths are
             equal.
         head: [V, d_model]. codes, waiting: as in :func:`read_waiting`. All others as in :func:`hold_rows`.
     """
-    trace = _no_trace()
-    index, propagates = np.flatnonzero(fired), code[0].shape[0] > 0
+    trace, propagates = _no_trace(), code[0][0].shape[0] > 0
+    between = (rates > 0.0) & ~fired
     if propagates:
-        between = (rates > 0.0) & ~fired
         due = np.flatnonzero(fired & (waiting > 0) | between & (waiting == codes.shape[1]))
         if len(due):
-            read_waiting(due, rows, columns, depth, codes, waiting, blocks, propagations)
-        skipping = np.flatnonzero(between)
-        skipped = np.empty((len(skipping), hidden.shape[1]), np.float32)
-        for i, row in enumerate(skipping):
-            skipped[i] = hidden[row]
-        new = project_rows(norm_rows(skipped, np.ones(hidden.shape[1], np.float32), eps), code)
-        for i, row in enumerate(skipping):
-            codes[row, waiting[row]] = new[i]
-            waiting[row] += 1
-    if len(index):
-        index = _deepest_first(index, depth) if len(depths) > 1 else index
-        stretch = np.zeros(len(index), np.float32)
-        if not propagates:
+            read_waiting(due, rows, columns, depth, depths, codes, waiting, blocks, propagations)
+    first = 0
+    for k in range(len(depths)):
+        last, given = depths[k], hidden if k == 0 else left
+        if propagates:
+            skipping = np.flatnonzero(between & (depth == last))
+            if len(skipping):
+                _make_codes(skipping, given, eps, code[k], codes, waiting)
+        index = np.flatnonzero(fired & (depth == last))
+        if len(index):
+            entered = _gather(given, index)
+            entered = project_rows(entered, down) if k == 0 and down[0].shape[0] else entered
+            stretch = np.zeros(len(index), np.float32)
+            if not propagates:
+                for i, row in enumerate(index):
+                    stretch[i] = math.log(positions[row] + 1 - last_fire[row])
+            _, update = _run_stage(index, stretch, entered, rows, columns, first, last, blocks, ups[k])
             for i, row in enumerate(index):
-                stretch[i] = math.log(positions[row] + 1 - last_fire[row])
-        _run_trunk(index, stretch, hidden, rows, columns, depth, depths, blocks, down, ups, held)
+                held[row] = update[i]
+        first = last
     output = hold_rows(fired, rates, hidden, raw_fading, held, last_fire, fires, quota, positions)
     stretch = np.zeros(len(rows), np.float32)
     for i in range(depths[-1], len(blocks)):

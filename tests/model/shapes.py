@@ -37,8 +37,8 @@ UNMEASURED = SMALL.model_copy(update={"density_measured": False})
 PROPAGATING = UNMEASURED.model_copy(update={"propagation_rank": 6, "window_size": 1, "inertia": 0.0})
 """The trunk's states read what the trunk skips, so that it may fire at single bytes."""
 
-SHALLOW = PROPAGATING.model_copy(update={"trunk_layers": 3, "shallow_depths": (1, 2), "shallow_budgets": (0.45, 0.6)})
-"""The trunk may end after its first or second block."""
+SHALLOW = PROPAGATING.model_copy(update={"trunk_layers": 3, "shallow_depths": (1, 2)})
+"""The trunk may end after its first or second block: it has three stages."""
 
 _AT_REST = (
     "tile_exponent", "level_scale", "conv_bias", "D", "dt_bias", "inner_bias", "outer", "propagation.weight",
@@ -56,14 +56,16 @@ def random_model(config: ModelConfig = SMALL, seed: int = 0) -> AdaptiveAttentio
                 parameter.mul_(3)
             elif name.endswith(_AT_REST) or "fold" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-        density = model.analyse(random_tokens(1, 2048, seed))
         levels = torch.tensor([1.0 - rate for rate in RATES[:-1]]) * 0.98
-        thresholds = density.flatten().quantile(levels.double()).log()
-        model.tiles.log_thresholds[:-1] = thresholds
-        model.tiles.log_thresholds[-1] = thresholds[-1] - 9.0
-        model.tiles.log_prices.copy_(model.tiles.log_thresholds)
-        model.tiles.update_spread(density.numpy(), 1.0)
-        model.tiles.log_tau.fill_(math.log(1.5))
+        for depth in config.depths:
+            _, tiles = model.placement(depth)
+            density = model.analyse(random_tokens(1, 2048, seed), depth)
+            thresholds = density.flatten().quantile(levels.double()).log()
+            tiles.log_thresholds[:-1] = thresholds
+            tiles.log_thresholds[-1] = thresholds[-1] - 9.0
+            tiles.log_prices.copy_(tiles.log_thresholds)
+            tiles.update_spread(density.numpy(), 1.0)
+            tiles.log_tau.fill_(math.log(1.5))
     return model.eval().requires_grad_(False)
 
 

@@ -1,4 +1,4 @@
-"""A trunk that may end after some of its blocks."""
+"""A trunk in stages: it may end after some of its blocks, and those below the one that is placed run everywhere."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from pydantic import ValidationError
 
 from model.config import ModelConfig
 from model.cost import CostModel
-from model.training.calibration import BUDGETS, fit_shallow_budgets
 from model.training.config import TrainingConfig
-from model.training.firing import Reduced, sample_reduced
+from model.training.firing import Reduced, choose_fires, sample_reduced
 from model.training.loss import compute_loss
 from model.training.validation import validate
 from tests.model.shapes import SHALLOW, random_model, random_tokens, without_compiled_code
@@ -27,12 +26,10 @@ COST = CostModel(SHALLOW)
     [
         ({"shallow_depths": (2, 1)}, "must rise strictly and end below 3"),
         ({"shallow_depths": (1, 3)}, "must rise strictly and end below 3"),
-        ({"shallow_budgets": (0.5,)}, "must be none, or rise"),
-        ({"shallow_budgets": (0.6, 0.5)}, "must be none, or rise"),
-        ({"shallow_budgets": (0.6, 1.0)}, "less than 1"),
+        ({"density_measured": True}, "density_measured must be off"),
     ],
 )
-def test_depths_and_budgets_that_make_no_sense_are_refused(change: dict[str, object], message: str) -> None:
+def test_depths_that_make_no_sense_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ModelConfig.model_validate(SHALLOW.model_dump() | change)
 
@@ -88,24 +85,116 @@ def test_rows_of_other_depths_step_alike_by_tensor_operations(monkeypatch: pytes
 def test_all_depths_at_once_are_each_of_them() -> None:
     model, tokens = random_model(SHALLOW).requires_grad_(True), random_tokens(2, 50)
     hidden = model.encode(tokens, model.allocate_state(2).encoder).hidden
-    outputs = model.combine_everywhere(hidden, SHALLOW.depths)
+    outputs, entrances = model.combine_everywhere(hidden)
     for depth, output in zip(SHALLOW.depths, outputs, strict=True):
         torch.testing.assert_close(model.head(output), model(tokens, depth=depth), **CLOSE)
     assert not torch.allclose(outputs[0], outputs[1])
+    fires = random_tokens(2, 50, seed=3) % 3 == 0
+    for stage, entrance in enumerate(entrances):
+        given = model.combine(hidden, fires, model.allocate_state(2, depth=SHALLOW.depths[stage]), entrance=entrance)
+        torch.testing.assert_close(model.head(given), model(tokens, fires, depth=SHALLOW.depths[stage]), **CLOSE)
 
 
-def test_a_budget_buys_the_depth_that_it_was_fitted_to() -> None:
-    assert [COST.depth(budget) for budget in (0.1, 0.45, 0.5, 0.6, 0.61, 1.0)] == [1, 1, 2, 2, None, None]
-    assert CostModel(SHALLOW.model_copy(update={"shallow_budgets": ()})).depth(0.3) is None
-    for budget in (COST.least_adaptive, 0.4, 0.5, 0.6, 0.7):
+@pytest.mark.parametrize("width", [32, 48], ids=["equal widths", "projected"])
+def test_a_stage_fires_from_what_those_below_it_leave(width: int) -> None:
+    """Against the design, written out: a stage's update is held and fades, those below it run at every byte."""
+    model, tokens = random_model(SHALLOW.model_copy(update={"d_trunk": width})), random_tokens(1, 60)
+    fires = random_tokens(1, 60, seed=5) % 3 == 0
+    router, state = model.router, model.allocate_state(1)
+    with torch.no_grad():
+        hidden = model.encode(tokens, state.encoder).hidden
+        entered = [router.to_trunk(hidden)]
+        for block, block_state in zip(model.trunk, state.trunk, strict=True):
+            entered.append(block(entered[-1], block_state)[0])
+        # The last stage's block, where it runs, with the codes of what it is given elsewhere.
+        codes, last = router.propagated(entered[2], 2), model.allocate_state(1).trunk[2]
+        sums, held, age = hidden.clone(), torch.zeros(1, 32), 0
+        rows = torch.zeros(1, dtype=torch.int64)
+        for t in range(60):
+            for stage in (0, 1):
+                sums[:, t] += router.from_trunk(entered[stage + 1][:, t] - entered[stage][:, t], stage)
+            if fires[0, t]:
+                left, _ = model.trunk[2].step(entered[2][:, t], last, rows, None, torch.tensor([16]))
+                held, age = router.from_trunk(left - entered[2][:, t], 2), 0
+            else:
+                model.trunk[2].mixer.propagate(codes[:, t], last, rows, torch.tensor([16]))
+                age += 1
+            sums[:, t] += router.fade(held, torch.tensor([age]))
+        for block, block_state in zip(model.decoder, state.decoder, strict=True):
+            sums = block(sums, block_state)[0]
+        torch.testing.assert_close(model(tokens, fires), model.head(sums), **CLOSE)
+
+
+def test_a_stage_has_a_density_of_its_own() -> None:
+    model, tokens = random_model(SHALLOW), random_tokens(2, 80)
+    densities = [model.analyse(tokens, depth) for depth in SHALLOW.depths]
+    assert not np.allclose(densities[0], densities[1])
+    assert torch.equal(densities[2], model.analyse(tokens))
+    with torch.no_grad():
+        hidden = model.encode(tokens, model.allocate_state(2).encoder).hidden
+        inputs = model.enter(hidden, model.allocate_state(2, depth=2))[-1].inputs
+        analyzer = model.later_density[0]
+        features = analyzer.learned(torch.zeros(2, 80, 4), inputs)
+    torch.testing.assert_close(densities[1].float(), analyzer.combine(features), **CLOSE)
+
+
+def test_another_depth_holds_nothing_of_the_one_before() -> None:
+    model, tokens = random_model(SHALLOW), random_tokens(2, 30)
+    state = model.allocate_state(2, depth=2)
+    rates = torch.full((2,), 0.5, dtype=torch.float64)
+    for column in tokens.unbind(1):
+        model.step(column, state, rates)
+    held, level = state.router.held, state.density.level
+    model.set_depth(state, 2)
+    assert state.router.held is held
+    assert held.any()
+    model.set_depth(state, 3)
+    assert not state.router.held.any()
+    assert level.any()
+    assert not state.density.level.any()
+
+
+def test_a_budget_buys_the_deepest_stage_that_it_can_place() -> None:
+    starts = [COST.budget(1 / SHALLOW.max_tile_size, logits=1, depth=depth) for depth in (1, 2, None)]
+    assert starts == sorted(starts)
+    for start, depth, below in zip(starts[1:], (2, None), (1, 2), strict=True):
+        assert (COST.depth(start), COST.depth(start - 1e-9)) == (depth, below)
+        assert COST.rates(start - 1e-9).decode == 1.0, "all of the stages below run first"
+    assert (COST.depth(0.0), COST.depth(1.0)) == (1, None)
+    plain = CostModel(SHALLOW.model_copy(update={"shallow_depths": ()}))
+    assert (plain.depth(0.0), plain.depth(0.5)) == (None, None)
+    assert COST.floor * COST.full_flops(1, 1) == plain.floor * plain.full_flops(1, 1)
+    assert COST.floor < COST.least_adaptive < starts[1] < starts[2] < 1.0
+    for budget in (COST.least_adaptive, *starts[1:], 0.5, 0.6, 0.7, 0.8):
         rates = COST.rates(budget)
         for rate, logits in ((rates.prefill, 0), (rates.decode, 1)):
             if rate < 1.0:
                 count = 1_000_000
                 spent = COST.flops(count, round(rate * count), logits * count, count, depth=rates.depth).total
                 assert spent / COST.full_flops(count, logits * count) == pytest.approx(budget, abs=1e-5)
-    deepest = CostModel(SHALLOW.model_copy(update={"shallow_depths": (), "shallow_budgets": ()}))
-    assert COST.floor == deepest.floor < COST.least_adaptive < deepest.least_adaptive
+
+
+@pytest.mark.parametrize("width", [32, 48], ids=["equal widths", "projected"])
+def test_every_stage_is_billed_what_it_runs(width: int) -> None:
+    shape = SHALLOW.model_copy(update={"d_trunk": width})
+    cost, projection = CostModel(shape), 2 * 32 * width * (width != 32)
+    block = (cost.trunk(2) - cost.trunk(1)) - projection
+    for depth, below in ((1, 0), (2, 1), (3, 2)):
+        assert cost.trunk(depth) == depth * block + (depth + 1) * projection
+        assert cost.below(depth) == (below * block + (below + 1) * projection if below else 0)
+        assert cost.tile(depth) == cost.trunk(depth) - cost.below(depth)
+        spent = cost.flops(10, 4, 0, 10, depth=depth)
+        assert spent.trunk == 10 * cost.below(depth) + 4 * cost.tile(depth) + 6 * cost.propagation(depth)
+        assert spent.density == 10 * cost.density(depth)
+        narrow = cost.flops(10, 4, 0, 10, 4, depth=depth)
+        assert spent.trunk - narrow.trunk == 5 * 12 * shape.inner(width) * (10 * below + 4)
+    assert cost.density(1) == 2 * 6 * 36
+    assert cost.density(2) == 2 * 6 * (width + 4)
+    assert cost.propagation(2) - cost.propagation(1) == 2 * 6 * (width - 32)
+
+
+def test_a_share_of_the_trunk_is_that_of_the_blocks_that_run() -> None:
+    assert [COST.at_share(share) for share in (0.0, 1 / 6, 0.5, 1.0)] == [(1, 0.0), (1, 0.5), (2, 0.5), (None, 1.0)]
 
 
 def test_a_depth_that_runs_everywhere_spends_no_more() -> None:
@@ -115,32 +204,28 @@ def test_a_depth_that_runs_everywhere_spends_no_more() -> None:
     assert COST.flops(8, 8, 8, 0, depth=1).total == round(most * COST.full_flops(8, 8))
 
 
-@pytest.mark.parametrize(
-    ("better", "expected"),
-    [
-        ((0.9, 0.9), (0.9, 0.9)),
-        ((0.4, 0.5), (0.4, 0.5)),
-        ((0.0, 0.5), (0.0, 0.5)),
-        ((0.5, 0.0), (0.5, 0.5)),
-        ((0.0, 0.0), (0.0, 0.0)),
-    ],
-)
-def test_shallow_budgets_end_where_a_deeper_trunk_is_better(
-    better: tuple[float, float], expected: tuple[float, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first two depths are better than the whole up to the budgets ``better``, the first before the second."""
-    model, texts = random_model(SHALLOW), random_tokens(1, 10)
-    budgets = [b for b in BUDGETS if COST.rate(b, logits=1, depth=1) > 0.0]
+def test_the_density_of_a_stage_learns_what_that_stage_is_worth(monkeypatch: pytest.MonkeyPatch) -> None:
+    system, tokens = random_model(SHALLOW).requires_grad_(True), random_tokens(2, 65)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    fresh = [
+        torch.nn.functional.cross_entropy(system(inputs, depth=depth).mT, targets, reduction="none").detach()
+        for depth in SHALLOW.depths
+    ]
+    never = torch.zeros_like(targets, dtype=torch.bool)
+    floor = torch.nn.functional.cross_entropy(system(inputs, never, depth=1).mT, targets, reduction="none").detach()
+    seen = []
 
-    def bits_at(_model: object, _tokens: object, _densities: object, depth: int, rates: list[float]) -> list[float]:
-        assert rates == [COST.rate(budget, logits=1, depth=depth) for budget in budgets]
-        if depth == 3:
-            return [1.0] * len(rates)
-        gain = 0.2 if depth == 1 else 0.1
-        return [1.0 - gain if budget <= better[depth - 1] else 1.0 + gain for budget in budgets]
+    def regression(_model: object, density: torch.Tensor, worth: torch.Tensor, *_rest: object) -> torch.Tensor:
+        seen.append((density, worth))
+        return density.sum() * 0.0
 
-    monkeypatch.setattr("model.training.calibration.bits_at", bits_at)
-    assert fit_shallow_budgets(model, texts, np.ones((1, 9))) == expected
+    monkeypatch.setattr("model.training.loss.density_regression", regression)
+    config = TrainingConfig(exit_weight=0.0, lambda_compute=0.0, foresight=1)
+    for depth, below, here in ((1, floor, fresh[0]), (2, fresh[0], fresh[1]), (None, fresh[1], fresh[2])):
+        compute_loss(system, tokens, Reduced(0.5, uniform=False, d_state=None, momentum=0.1, depth=depth), config)
+        density, worth = seen.pop()
+        torch.testing.assert_close(worth, below - here, **CLOSE)
+        torch.testing.assert_close(density.detach().double(), system.analyse(inputs, depth), **CLOSE)
 
 
 def test_smaller_depths_have_their_share_of_the_loss() -> None:
@@ -179,6 +264,13 @@ def test_validation_scores_smaller_depths() -> None:
     ]
     assert scores["shallow"] == pytest.approx(sum(bits[:2]) / 2, rel=1e-5)
     assert scores["full"] == pytest.approx(bits[2], rel=1e-5)
+    fires = torch.zeros_like(inputs, dtype=torch.bool)
+    floor = torch.nn.functional.cross_entropy(system(inputs, fires, depth=1).flatten(0, 1), targets)
+    assert scores["floor"] == pytest.approx(floor.item() / np.log(2.0), rel=1e-5)
+    reduced = Reduced(0.5, uniform=False, d_state=None, momentum=0.0)
+    fires = torch.from_numpy(choose_fires(system.placement(2)[1], system.analyse(inputs, 2).numpy(), reduced))
+    half = torch.nn.functional.cross_entropy(system(inputs, fires, depth=2).flatten(0, 1), targets)
+    assert scores["half"] == pytest.approx(half.item() / np.log(2.0), rel=1e-5)
 
 
 def test_weights_that_leave_nothing_or_take_too_much_are_refused() -> None:

@@ -7,36 +7,40 @@ import pytest
 import torch
 
 from model.adaptive.resolution import region_density, region_resolutions
-from tests.model.shapes import SMALL, random_model, random_tokens
+from model.lm import AdaptiveAttentionSystem
+from tests.model.shapes import SHALLOW, SMALL, random_model, random_tokens
 from tests.parity.test_any_reading import CLOSE, assert_same_state
 
-MODEL = random_model()
+MODEL, STAGES = random_model(), random_model(SHALLOW)
 BLOCK, LEVELS = SMALL.block_size, SMALL.d_state_levels
 
 
-def assert_reading_equals_stepping(tokens: torch.Tensor, rate: float, sizes: list[tuple[int, int]]) -> None:
+def assert_reading_equals_stepping(
+    tokens: torch.Tensor, rate: float, sizes: list[tuple[int, int]], model: AdaptiveAttentionSystem = MODEL
+) -> None:
     """Scored pieces of a block, each with the runs that begin in it, against steps with a resize before each run."""
-    read, stepped = MODEL.allocate_state(1), MODEL.allocate_state(1)
+    read, stepped = model.allocate_state(1), model.allocate_state(1)
     logits, ends = [], []
     for start in range(0, tokens.shape[1], BLOCK):
         text = tokens[:, start : start + BLOCK]
         here = [(offset - start, size) for offset, size in sizes if start <= offset < start + text.shape[1]]
-        output = MODEL.prefill(text, read, rate, score=True, sizes=here)
+        output = model.prefill(text, read, rate, score=True, sizes=here)
         logits.append(output.logits)
         ends += [start + end for end in output.tile_ends]
     starts, expected, fires = dict(sizes), [], []
     for position, column in enumerate(tokens.unbind(1)):
         if position in starts:
-            MODEL.resize_state_space(stepped, starts[position])
-        step = MODEL.step(column, stepped, torch.tensor([rate], dtype=torch.float64))
+            model.resize_state_space(stepped, starts[position])
+        step = model.step(column, stepped, torch.tensor([rate], dtype=torch.float64))
         expected.append(step.logits)
         fires.append(bool(step.fired))
     assert ends == np.flatnonzero(fires).tolist()
     torch.testing.assert_close(torch.cat(logits), torch.cat(expected), **CLOSE)
     assert torch.equal(read.columns, stepped.columns)
-    assert_same_state(MODEL, read, stepped, density=True)
+    assert_same_state(model, read, stepped, density=True)
 
 
+@pytest.mark.parametrize("model", [MODEL, STAGES], ids=["one stage", "stages"])
 @pytest.mark.parametrize("rate", [0.3, 1.0])
 @pytest.mark.parametrize(
     ("length", "sizes"),
@@ -50,8 +54,10 @@ def assert_reading_equals_stepping(tokens: torch.Tensor, rate: float, sizes: lis
     ],
     ids=["one byte", "first tile", "inside", "short last tile", "tile across pieces", "where a piece begins"],
 )
-def test_runs_of_tiles_at_their_own_size(path: str, rate: float, length: int, sizes: list[tuple[int, int]]) -> None:
-    assert_reading_equals_stepping(random_tokens(1, length), rate, sizes)
+def test_runs_of_tiles_at_their_own_size(
+    path: str, rate: float, length: int, sizes: list[tuple[int, int]], model: AdaptiveAttentionSystem
+) -> None:
+    assert_reading_equals_stepping(random_tokens(1, length), rate, sizes, model)
 
 
 def test_dense_regions_keep_their_columns(path: str) -> None:
