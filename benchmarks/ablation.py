@@ -159,7 +159,9 @@ def fit_density(training: Tensor, held_out: Tensor, weight: float) -> dict[str, 
         optimizer.zero_grad()
         features, *measured = parts[0]
         density = model.density.combine(features)
-        loss = 0.1 * density_regression(model, density, *measured) + weight * compute_error(model, density, RATE)
+        loss = 0.1 * density_regression(model, density, measured[0], measured[1], measured[2]) + weight * compute_error(
+            model, density, RATE
+        )
         loss.backward()
         optimizer.step()
     with torch.no_grad():
@@ -167,7 +169,9 @@ def fit_density(training: Tensor, held_out: Tensor, weight: float) -> dict[str, 
         density = model.density.combine(features)
         return {
             "expected compute, RMS error over texts": float(compute_error(model, density, RATE).sqrt()),
-            "density regression (bits^2)": float(density_regression(model, density, *measured)),
+            "density regression (bits^2)": float(
+                density_regression(model, density, measured[0], measured[1], measured[2])
+            ),
         }
 
 

@@ -1,6 +1,4 @@
-"""Calibration of a trained model on validation text: the threshold and the price at which each fire rate is met, and
-the budgets at which a shallower trunk serves better than the whole one.
-"""
+"""Calibration of a trained model on validation text: the threshold and the price at which each fire rate is met."""
 
 from __future__ import annotations
 
@@ -11,50 +9,21 @@ import torch
 from torch import Tensor
 
 from model.adaptive.tiling import RATES, TileManager
-from model.cost import CostModel
 from model.lm import AdaptiveAttentionSystem
 from model.ops.tiling import Floats, plan_blocks, staleness_table
 from model.training.firing import fit_log_threshold
-from model.training.validation import analyse, bits_at
-
-BUDGETS = tuple(k / 20 for k in range(1, 20))
-"""At which depths are compared."""
+from model.training.validation import analyse
 
 
 @torch.no_grad()
 def calibrate(model: AdaptiveAttentionSystem, tokens: Tensor) -> None:
-    """Fit the model's tables of log thresholds and log prices, and its budgets by depth, to texts [B, L + 1], in place.
+    """Fit the tables of log thresholds and log prices of each stage to texts [B, L + 1], in place.
 
     The controller corrects what is left of thresholds and prices; good tables only mean that it has little to correct,
     so that fires fall where the text and not the quota wants them.
     """
-    densities = analyse(model, tokens[:, :-1])
-    calibrate_tiles(model.tiles, densities)
-    if model.config.shallow_depths:
-        budgets = fit_shallow_budgets(model, tokens, densities)
-        model.config = model.config.model_copy(update={"shallow_budgets": budgets})
-        model.cost = CostModel(model.config)
-
-
-@torch.no_grad()
-def fit_shallow_budgets(model: AdaptiveAttentionSystem, tokens: Tensor, densities: Floats) -> tuple[float, ...]:
-    """The budget up to which each smaller depth, or one below it, needs no more bits than every greater one.
-
-    That may be more than the depth can spend by running everywhere. 0 where it is never as good.
-
-    Args:
-        tokens: [B, L + 1]. densities: [B, L] smoothed, of the texts.
-    """
-    cost, depths = model.cost, model.config.depths
-    budgets = [budget for budget in BUDGETS if cost.rate(budget, logits=1, depth=depths[0]) > 0.0]
-    rates = [[cost.rate(budget, logits=1, depth=depth) for budget in budgets] for depth in depths]
-    bits = np.array([bits_at(model, tokens, densities, depth, row) for depth, row in zip(depths, rates, strict=True)])
-    highest = []
-    for number in range(1, len(depths)):
-        behind = bits[:number].min(0) > bits[number:].min(0)
-        best = budgets[: int(behind.argmax()) if behind.any() else len(budgets)]
-        highest.append(max(best, default=0.0))
-    return tuple(highest)
+    for depth in model.config.depths:
+        calibrate_tiles(model.placement(depth)[1], analyse(model, tokens[:, :-1], depth))
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ class TrainingConfig(StrictModel):
     level_share: float = Field(default=0.2, ge=0, le=1)
     """Share of reduced passes that run at a smaller state size."""
     shallow_share: float = Field(default=0.5, ge=0, le=1)
-    """Share of reduced passes that run at a smaller depth, where there is one."""
+    """Share of reduced passes that place a stage below the last, where there is one."""
     # Drawn uniformly: drawn uniformly by logarithm, middle budgets were hardly better than the floor.
     lowest_rate: float = Field(default=1 / 64, gt=0, le=1)
     """Of the other reduced passes."""

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from model.adaptive.density import InformationDensityAnalyzer
 from model.checkpoint import load_checkpoint, read_config, save_checkpoint
 from model.config import ModelConfig
 from model.device import choose_device, set_threads
@@ -23,7 +26,7 @@ from model.training.calibration import calibrate
 from model.training.cli import sampling_weights
 from model.training.config import TrainingConfig
 from model.training.data import Corpus
-from model.training.loss import clamped_bits, end_cost, mean_ahead
+from model.training.loss import clamped_bits, cross_entropy, end_cost, mean_ahead
 
 READ = 16
 """Sequences read at once."""
@@ -90,7 +93,8 @@ def run_fit(arguments: argparse.Namespace) -> int:
     for step in tqdm(range(count), desc="reading", unit="batch"):
         tokens = text.batch(arguments.seed, step, READ, arguments.length).to(model.device)
         evidence.append(read_evidence(model, tokens, arguments.foresight))
-    fit_density(model, evidence)
+    for (analyzer, _), parts in zip(model.placements(), zip(*evidence, strict=True), strict=True):
+        fit_density(analyzer, parts)
     calibrate(model, held_out.batch(0, 0, READ, arguments.length).to(model.device))
     read = {"density_bytes": count * READ * arguments.length, "density_seed": arguments.seed}
     save_checkpoint(model.requires_grad_(False), arguments.output, config.provenance | read, config.special_tokens)
@@ -113,34 +117,38 @@ def _same(given: Tensor | None, own: Tensor) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What the density reads, and what it should say, at n positions."""
+    """What the density of a stage reads, and what it should say, at n positions."""
 
     features: Tensor
     """[n, 4] fp32, those that are measured; 0 where none is."""
-    hidden: Tensor
-    """[n, d_model] fp16, to spare memory: the encoder's outputs."""
+    inputs: Tensor
+    """[n, D] fp16, to spare memory: what the stage is given."""
     worth: Tensor
-    """[n] bits that full resolution saves over none, a mean over the bytes ahead."""
+    """[n] bits that the stage saves where it runs everywhere, a mean over the bytes ahead."""
 
 
 @torch.no_grad()
-def read_evidence(model: AdaptiveAttentionSystem, tokens: Tensor, foresight: int) -> Evidence:
-    """Evidence of texts [B, L + 1]."""
+def read_evidence(model: AdaptiveAttentionSystem, tokens: Tensor, foresight: int) -> list[Evidence]:
+    """Evidence of texts [B, L + 1] for each stage of the trunk."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     encoded = model.encode(inputs, model.allocate_state(len(inputs)).encoder)
     features, _ = model.features(encoded, model.density.zero_state(len(inputs), tokens.device))
-    full, floor = (end_cost(model, encoded, targets, floor=floor) for floor in (False, True))
-    worth = clamped_bits(mean_ahead(floor - full, foresight))
-    hidden = encoded.hidden.flatten(0, 1).half()
-    return Evidence(features[..., :-1].flatten(0, 1), hidden, worth.flatten())
+    outputs, entrances = model.combine_everywhere(encoded.hidden)
+    costs = [end_cost(model, encoded, targets, floor=True)]
+    costs += [cross_entropy(model.head(output), targets) for output in outputs]
+    evidence = []
+    for entrance, (below, here) in zip(entrances, pairwise(costs), strict=True):
+        worth = clamped_bits(mean_ahead(below - here, foresight))
+        given = entrance.inputs.flatten(0, 1).half()
+        evidence.append(Evidence(features[..., :-1].flatten(0, 1), given, worth.flatten()))
+    return evidence
 
 
-def fit_density(model: AdaptiveAttentionSystem, evidence: list[Evidence]) -> float:
-    """Fit the density's weights in place to the least squared error; the mean of the last epoch, in bits²."""
+def fit_density(density: InformationDensityAnalyzer, evidence: Sequence[Evidence]) -> float:
+    """Fit a density's weights in place to the least squared error; the mean of the last epoch, in bits²."""
     features = torch.cat([part.features for part in evidence])
-    hidden = torch.cat([part.hidden for part in evidence])
+    inputs = torch.cat([part.inputs for part in evidence])
     worth = torch.cat([part.worth for part in evidence])
-    density = model.density
     density.mean.copy_(features.mean(0))
     density.std.copy_(features.std(0).clamp_min(1e-3))
     density.requires_grad_(True)
@@ -152,7 +160,7 @@ def fit_density(model: AdaptiveAttentionSystem, evidence: list[Evidence]) -> flo
         for rows in torch.randperm(len(worth)).split(POSITIONS):
             for group in optimizer.param_groups:
                 group["lr"] = RATE * max(0.02, 1.0 - step / steps)
-            predicted = density.combine(density.learned(features[rows], hidden[rows].float()))
+            predicted = density.combine(density.learned(features[rows], inputs[rows].float()))
             loss = (predicted - worth[rows]).square().mean()
             optimizer.zero_grad()
             loss.backward()

@@ -26,7 +26,7 @@ class Reduced:
     ends_only: bool = False
     """Whether nothing but full resolution, smaller depths and the floor is trained: no early exit, no density."""
     depth: int | None = None
-    """Blocks of the trunk that run; None for all."""
+    """Blocks after which the stage ends that is placed, those below it at every byte; None for all."""
 
 
 def sample_reduced(config: TrainingConfig, shape: ModelConfig, step: int) -> Reduced:

@@ -8,7 +8,8 @@ over a batch by construction; the compute term is on what each text of it is awa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.layers.mamba2 import AdaptiveMambaBlock
-from model.lm import AdaptiveAttentionSystem, Encoded
+from model.lm import AdaptiveAttentionSystem, Encoded, Entrance
 from model.ops.tiling import Floats
 from model.training.config import TrainingConfig
 from model.training.expected import expected_rates
@@ -45,17 +46,17 @@ def compute_loss(
     """Loss of one batch of tokens [B, L + 1]; ``reduced`` None trains the full resolution alone."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     encoded = model.encode(inputs, model.allocate_state(len(tokens)).encoder)
-    depths = model.config.depths if config.shallow_weight > 0.0 else model.config.depths[-1:]
     with recorded_inputs(model) as recorded:
-        everywhere = [model.head(output) for output in model.combine_everywhere(encoded.hidden, depths)]
-    fresh = {depth: cross_entropy(logits, targets) for depth, logits in zip(depths, everywhere, strict=True)}
-    full, full_logits = fresh[depths[-1]], everywhere[-1]
+        outputs, entrances = model.combine_everywhere(encoded.hidden)
+    everywhere = [model.head(output) for output in outputs]
+    fresh = [cross_entropy(logits, targets) for logits in everywhere]
+    full, full_logits = fresh[-1], everywhere[-1]
     loss = Loss(full.mean(), {"full": full.mean().item() / math.log(2.0)})
     if reduced is None:
         return loss
     task = config.full_weight * full.mean()
-    if len(depths) > 1:
-        shallow = torch.stack([fresh[depth].mean() for depth in depths[:-1]]).mean()
+    if len(fresh) > 1:
+        shallow = torch.stack([cost.mean() for cost in fresh[:-1]]).mean()
         task = task + config.shallow_weight * shallow
         loss.bits["shallow"] = shallow.item() / math.log(2.0)
     if reduced.ends_only:
@@ -65,23 +66,28 @@ def compute_loss(
         return loss
 
     exit_logits = model.exit_head(encoded.hidden) if model.density.measured or config.exit_weight > 0.0 else None
-    density, smoothed = _analyse(model, exit_logits, encoded, reduced)
-    fires = torch.from_numpy(choose_fires(model.tiles, smoothed, reduced)).to(inputs.device)
+    stage = model.config.stage(reduced.depth)
+    density, smoothed = _analyse(model, exit_logits, encoded, entrances[stage], reduced)
+    fires = torch.from_numpy(choose_fires(model.placements()[stage][1], smoothed, reduced)).to(inputs.device)
     state = model.allocate_state(len(tokens), d_state=reduced.d_state, depth=reduced.depth)
-    logits = model.head(model.combine(encoded.hidden, fires, state, propagate=reduced.rate > 0.0))
+    # At another state size the stages below give something else, too.
+    given = entrances[stage] if reduced.d_state is None else None
+    output = model.combine(encoded.hidden, fires, state, propagate=reduced.rate > 0.0, entrance=given)
+    logits = model.head(output)
     cost = cross_entropy(logits, targets)
     with torch.set_grad_enabled(config.floor_weight > 0.0):
-        floor = cost if reduced.rate == 0 else end_cost(model, encoded, targets, floor=True)
+        floor = cost if reduced.rate == 0 and not stage else end_cost(model, encoded, targets, floor=True)
     task = task + config.floor_weight * floor.mean() + (1.0 - config.fixed_weight) * cost.mean()
     information = divergence(logits, full_logits) + density_regression(
         model,
         density,
-        mean_ahead(floor.detach() - full.detach(), config.foresight),
-        cost.detach() - fresh.get(reduced.depth or depths[-1], full).detach(),
+        mean_ahead((fresh[stage - 1] if stage else floor).detach() - fresh[stage].detach(), config.foresight),
+        cost.detach() - fresh[stage].detach(),
         fires,
+        reduced.depth,
     )
     if recorded:
-        information = information + propagation_error(model, encoded.hidden, recorded)
+        information = information + propagation_error(model, entrances, recorded)
     loss.total = task + config.lambda_info * information
     if config.lambda_compute > 0.0 and model.cost.analysed(reduced.rate) and not reduced.uniform:
         loss.total = loss.total + config.lambda_compute * compute_error(model, density, reduced.rate, reduced.depth)
@@ -96,27 +102,32 @@ def compute_loss(
 
 
 def _analyse(
-    model: AdaptiveAttentionSystem, exit_logits: Tensor | None, encoded: Encoded, reduced: Reduced
+    model: AdaptiveAttentionSystem,
+    exit_logits: Tensor | None,
+    encoded: Encoded,
+    entrance: Entrance,
+    reduced: Reduced,
 ) -> tuple[Tensor, Floats]:
     """Density [B, L], differentiable in its weights, and smoothed; in training the running statistics move."""
-    hidden = encoded.hidden.detach().float()
-    state = model.density.zero_state(len(hidden), hidden.device)
-    with torch.autocast(hidden.device.type, enabled=False):
+    inputs = entrance.inputs.detach().float()
+    analyzer, tiles = model.placements()[entrance.stage]
+    state = analyzer.zero_state(len(inputs), inputs.device)
+    with torch.autocast(inputs.device.type, enabled=False):
         exits = None if exit_logits is None else exit_logits.detach().float()
-        features, analysed = model.density(hidden, exits, encoded.trace, state)
+        features, analysed = analyzer(inputs, exits, encoded.trace, state)
         if model.training:
-            model.density.update_statistics(features, reduced.momentum)
-        density = model.density.combine(features)
-    smoothed = model.density.smooth(density.detach(), state, analysed)
+            analyzer.update_statistics(features, reduced.momentum)
+        density = analyzer.combine(features)
+    smoothed = analyzer.smooth(density.detach(), state, analysed)
     if model.training:
-        model.tiles.update_spread(smoothed, reduced.momentum)
+        tiles.update_spread(smoothed, reduced.momentum)
     return density, smoothed
 
 
 def end_cost(model: AdaptiveAttentionSystem, encoded: Encoded, targets: Tensor, *, floor: bool) -> Tensor:
     """Cross entropy in nats [B, L] of texts from their start, the trunk run everywhere or nowhere (``floor``)."""
     fires = torch.zeros_like(targets, dtype=torch.bool) if floor else None
-    state = model.allocate_state(len(targets))
+    state = model.allocate_state(len(targets), depth=model.config.depths[0] if floor else None)
     return cross_entropy(model.head(model.combine(encoded.hidden, fires, state, propagate=False)), targets)
 
 
@@ -138,26 +149,33 @@ def compute_error(model: AdaptiveAttentionSystem, density: Tensor, rate: float, 
     """
     cost = model.cost
     fire = cost.fire(depth) / cost.full_flops(1, 1)
-    expected = expected_rates(density, rate, model.density.window_size, model.tiles.spread)
+    analyzer, tiles = model.placement(depth)
+    expected = expected_rates(density, rate, analyzer.window_size, tiles.spread)
     return (fire * (expected - rate)).square().mean().float()
 
 
 def density_regression(
-    model: AdaptiveAttentionSystem, density: Tensor, worth: Tensor, stale_cost: Tensor, fires: Tensor
+    model: AdaptiveAttentionSystem,
+    density: Tensor,
+    worth: Tensor,
+    stale_cost: Tensor,
+    fires: Tensor,
+    depth: int | None = None,
 ) -> Tensor:
     """Mean squared errors in bits² of the density, and of ``density * staleness(age)``.
 
-    The density learns what the trunk is worth at every byte, also where it always fires; a stale trunk's cost says
+    The density learns what its stage is worth at every byte, also where it always fires; a stale trunk's cost says
     nothing there, and an order that was once wrong would stay. The staleness learns from what being stale did cost.
 
     Args:
-        density: [B, L] bits, differentiable. worth: [B, L] nats that full resolution saves over none, a mean over the
-            bytes that the density is to foresee.
+        density: [B, L] bits, differentiable. worth: [B, L] nats that the stage saves where it runs everywhere, a mean
+            over the bytes that the density is to foresee.
         stale_cost: [B, L] nats lost by the reduced pass. fires: [B, L] bool, of the reduced pass.
+        depth: blocks after which the stage ends that is placed; None for all.
     """
     position = torch.arange(1, fires.shape[1] + 1, device=fires.device)
     age = position - torch.where(fires, position, 0).cummax(1).values
-    stale = density.detach() * model.tiles.staleness(age)
+    stale = density.detach() * model.placement(depth)[1].staleness(age)
     return (density - clamped_bits(worth)).square().mean() + (stale - clamped_bits(stale_cost)).square().mean()
 
 
@@ -184,19 +202,22 @@ def recorded_inputs(model: AdaptiveAttentionSystem) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def propagation_error(model: AdaptiveAttentionSystem, hidden: Tensor, recorded: list[Tensor]) -> Tensor:
+def propagation_error(
+    model: AdaptiveAttentionSystem, entrances: Sequence[Entrance], recorded: Sequence[Tensor]
+) -> Tensor:
     """How far what states read between fires is from what a fire would have given them, as a share of its variance.
 
     The loss of a reduced pass alone teaches this slowly: it is felt only through the bytes that fire later.
 
     Args:
-        hidden: [B, L, d_model] encoder outputs, taken as given. recorded: what full resolution gave, by block.
+        entrances: what each stage was given, taken as it is. recorded: what full resolution gave, by block.
     """
-    codes, errors = model.router.propagated(hidden.detach()), []
-    for block, given in zip(_trunk(model), recorded, strict=True):
+    codes, errors = [model.router.propagated(one.inputs.detach(), one.stage) for one in entrances], []
+    for number, (block, given) in enumerate(zip(_trunk(model), recorded, strict=True)):
         assert block.mixer.propagation is not None
+        stage = bisect_right(model.config.depths, number)
         given = given.float()
-        error = (block.mixer.propagation(codes).float() - given).square().mean((0, 1))
+        error = (block.mixer.propagation(codes[stage]).float() - given).square().mean((0, 1))
         squares = (given - given.mean((0, 1))).square().sum((0, 1))  # torch.var takes five times as long
         variance = squares / max(1, given[..., 0].numel() - 1)
         errors.append((error / variance.clamp_min(1e-6)).mean())

@@ -62,9 +62,9 @@ class AdaptiveOptimizer:
         self.scaler = torch.amp.GradScaler(device, enabled=config.precision == "fp16")
         matrices, decayed, kept, density = [], [], [], []
         for name, parameter in model.named_parameters():
-            if name.startswith(("density.", "tiles.")):
+            if name.startswith(("density.", "tiles.", "later_density.", "later_tiles.")):
                 density.append(parameter)
-            elif name.startswith("router.shallow_up.") or name.endswith(
+            elif name.startswith(("router.shallow_up.", "router.later_codes.")) or name.endswith(
                 ("in_proj.weight", "out_proj.weight", "propagation.weight", "down.weight", "up.weight", "code.weight")
             ):
                 matrices.append(parameter)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.training.log import read_log
-from model.training.validation import RATES, SCORES
+from model.training.validation import SCORES, SHARES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,4 +109,4 @@ def _late(curves: Mapping[str, Curve]) -> list[float]:
 
 
 def _label(rate: str) -> str:
-    return f"validation, {rate.replace('_', ' ')}" + (" of the trunk" if 0.0 < RATES.get(rate, 0.0) < 1.0 else "")
+    return f"validation, {rate.replace('_', ' ')}" + (" of the trunk" if 0.0 < SHARES.get(rate, 0.0) < 1.0 else "")

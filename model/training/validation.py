@@ -14,10 +14,10 @@ from model.ops.tiling import Floats
 from model.training.firing import Reduced, choose_fires
 from model.training.loss import cross_entropy
 
-RATES = {"full": 1.0, "three_quarters": 0.75, "half": 0.5, "quarter": 0.25, "floor": 0.0}
-"""Trunk fires per byte by name."""
+SHARES = {"full": 1.0, "three_quarters": 0.75, "half": 0.5, "quarter": 0.25, "floor": 0.0}
+"""Of the trunk's blocks, how many run per byte, by name."""
 
-SCORES = ("full", "shallow", *list(RATES)[1:])
+SCORES = ("full", "shallow", *list(SHARES)[1:])
 """What is scored: those, and smaller depths with the trunk run everywhere, their mean; of a model that has them."""
 
 ROWS = 4
@@ -32,36 +32,40 @@ def validate(model: AdaptiveAttentionSystem, tokens: Tensor, *, plain: bool = Fa
     texts. What all of it takes is about three passes at full resolution. The model is left in training mode.
     """
     model.eval()
-    *shallow, whole = model.config.depths
-    if plain:
-        scores = {"full": bits_at(model, tokens, np.empty(0), whole, [1.0])[0]}
-    else:
-        densities = analyse(model, tokens[:, :-1])
-        scores = dict(zip(RATES, bits_at(model, tokens, densities, whole, RATES.values()), strict=True))
-        if shallow:
-            everywhere = [bits_at(model, tokens, densities, depth, [1.0])[0] for depth in shallow]
-            scores["shallow"] = sum(everywhere) / len(everywhere)
+    shallow = model.config.shallow_depths
+    scores = {"full": bits_at(model, tokens, np.empty(0), None, [1.0])[0]}
+    if not plain:
+        for depth in shallow:
+            everywhere = bits_at(model, tokens, np.empty(0), depth, [1.0])[0]
+            scores["shallow"] = scores.get("shallow", 0.0) + everywhere / len(shallow)
+        at = {name: model.cost.at_share(share) for name, share in SHARES.items() if share < 1.0}
+        stages: tuple[int | None, ...] = (*shallow, None)
+        for stage in stages:
+            placed = {name: rate for name, (depth, rate) in at.items() if depth == stage}
+            if placed:
+                densities = analyse(model, tokens[:, :-1], stage)
+                scores |= zip(placed, bits_at(model, tokens, densities, stage, placed.values()), strict=True)
     model.train()
     return scores
 
 
-def analyse(model: AdaptiveAttentionSystem, inputs: Tensor) -> Floats:
-    """Smoothed density [B, L] in bits of inputs [B, L]."""
-    return np.concatenate([model.analyse(rows).numpy() for rows in inputs.split(ROWS)])
+def analyse(model: AdaptiveAttentionSystem, inputs: Tensor, depth: int | None = None) -> Floats:
+    """Smoothed density [B, L] in bits of inputs [B, L], of the stage that ends after ``depth`` blocks."""
+    return np.concatenate([model.analyse(rows, depth).numpy() for rows in inputs.split(ROWS)])
 
 
 def bits_at(
-    model: AdaptiveAttentionSystem, tokens: Tensor, densities: Floats, depth: int, rates: Iterable[float]
+    model: AdaptiveAttentionSystem, tokens: Tensor, densities: Floats, depth: int | None, rates: Iterable[float]
 ) -> list[float]:
-    """Bits per byte over tokens [B, L + 1] at each of some rates, the trunk running ``depth`` blocks.
+    """Bits per byte over tokens [B, L + 1] at each of some rates of the stage that ends after ``depth`` blocks.
 
-    ``densities`` [B, L] say where it runs between the ends.
+    ``densities`` [B, L] say where it runs between the ends; those below it run everywhere.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     placements: list[tuple[float, Tensor | None]] = []
     for rate in rates:
         reduced = Reduced(rate, uniform=False, d_state=None, momentum=0.0)
-        fires = None if rate >= 1.0 else torch.from_numpy(choose_fires(model.tiles, densities, reduced))
+        fires = None if rate >= 1.0 else torch.from_numpy(choose_fires(model.placement(depth)[1], densities, reduced))
         placements.append((rate, None if fires is None else fires.to(tokens.device)))
     sums = [0.0] * len(placements)
     for start in range(0, len(tokens), ROWS):

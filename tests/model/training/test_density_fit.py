@@ -9,7 +9,7 @@ import torch
 from model.checkpoint import load_checkpoint, read_config, save_checkpoint
 from model.training.density import Evidence, fit_density, read_evidence, with_density
 from service.cli import main
-from tests.model.shapes import PROPAGATING, SMALL, random_model, random_tokens
+from tests.model.shapes import PROPAGATING, SHALLOW, SMALL, random_model, random_tokens
 
 WIDER = SMALL.model_copy(update={"density_hidden": 8, "window_size": 16})
 
@@ -21,21 +21,34 @@ def test_the_fit_finds_what_the_output_says_about_the_worth() -> None:
     worth = (hidden[:, 0] > 0.0).float()
     parts = [Evidence(torch.randn(6000, 4), hidden.half(), worth)] * 30
     before = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith("density.")}
-    assert fit_density(model, parts) < 0.7 * worth.var()  # a constant has the variance, six units are few
+    assert fit_density(model.density, parts) < 0.7 * worth.var()  # a constant has the variance, six units are few
     after = model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 def test_evidence_is_what_full_resolution_saves_over_none() -> None:
     model, tokens = random_model(), random_tokens(2, 65)
-    found = read_evidence(model, tokens, foresight=1)
+    (found,) = read_evidence(model, tokens, foresight=1)
     inputs, targets = tokens[:, :-1], tokens[:, 1:, None]
     never = torch.zeros_like(inputs, dtype=torch.bool)
     logits = [model(inputs, fires) for fires in (None, never)]
     costs = [-value.log_softmax(-1).gather(-1, targets)[..., 0] / math.log(2.0) for value in logits]
     torch.testing.assert_close(found.worth, (costs[1] - costs[0]).clamp(-8, 8).flatten(), atol=1e-4, rtol=1e-4)
     assert found.features.shape == (128, 4)
-    assert found.hidden.shape == (128, SMALL.d_model)
+    assert found.inputs.shape == (128, SMALL.d_model)
+
+
+def test_evidence_of_a_stage_is_what_it_saves_over_those_below() -> None:
+    model, tokens = random_model(SHALLOW), random_tokens(2, 65)
+    found = read_evidence(model, tokens, foresight=1)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:, None]
+    logits = [model(inputs, torch.zeros_like(inputs, dtype=torch.bool), depth=1)]
+    logits += [model(inputs, depth=depth) for depth in SHALLOW.depths]
+    costs = [-value.log_softmax(-1).gather(-1, targets)[..., 0] / math.log(2.0) for value in logits]
+    for stage, one in enumerate(found):
+        worth = (costs[stage] - costs[stage + 1]).clamp(-8, 8).flatten()
+        torch.testing.assert_close(one.worth, worth, atol=1e-4, rtol=1e-4)
+        assert one.inputs.shape == (128, SHALLOW.d_trunk if stage else SHALLOW.d_model)
 
 
 def test_another_density_changes_nothing_at_full_budget() -> None:

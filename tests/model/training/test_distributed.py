@@ -13,7 +13,7 @@ import torch
 from model.training.distributed import ALONE, Ranks, join_ranks
 from model.training.log import LOSSES, read_log
 from model.training.loop import Run, train
-from model.training.validation import RATES
+from model.training.validation import SHARES
 from tests.model.training.runs import RECIPE_TOML, recipe, write_corpus
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -69,7 +69,7 @@ def test_the_density_learns_from_the_texts_of_both(launched: Path, tmp_path: Pat
     train(Run(launched / "corpus", tmp_path), recipe())
     alone, together = read_log(tmp_path), read_log(launched / "elastic")
     assert float(together[0]["loss_full"]) == pytest.approx(float(alone[0]["loss_full"]), abs=1e-5)
-    for rate in RATES:
+    for rate in SHARES:
         column = f"validation_{rate}"
         assert float(together[-1][column]) == pytest.approx(float(alone[-1][column]), rel=0.05)
 

@@ -23,7 +23,7 @@ from model.training.loss import (
     recorded_inputs,
 )
 from model.training.optimizer import AdaptiveOptimizer
-from tests.model.shapes import PROPAGATING, SMALL, random_model, random_tokens
+from tests.model.shapes import PROPAGATING, SHALLOW, SMALL, random_model, random_tokens
 
 REDUCED = Reduced(rate=0.3, uniform=False, d_state=None, momentum=0.1)
 
@@ -133,24 +133,32 @@ def test_reduced_passes_alone_train_what_states_read_between_fires() -> None:
         assert all((one.weight.grad is not None and one.weight.grad.norm() > 0.0) == trained for one in read)
 
 
-def test_what_states_read_between_fires_learns_from_what_a_fire_gives_them() -> None:
+@pytest.mark.parametrize("shape", [PROPAGATING, SHALLOW], ids=["one stage", "stages"])
+def test_what_states_read_between_fires_learns_from_what_a_fire_gives_them(shape: ModelConfig) -> None:
     """Written out: a byte's fire gives each block's convolution and recurrence all but z of its projection."""
-    model, tokens = random_model(PROPAGATING).requires_grad_(True).train(), random_tokens(2, 60)
+    model, tokens = random_model(shape).requires_grad_(True).train(), random_tokens(2, 60)
     hidden = model.encode(tokens, model.allocate_state(2).encoder).hidden
     with recorded_inputs(model) as recorded:
-        model.combine(hidden, None, model.allocate_state(2))
-    error = propagation_error(model, hidden, recorded)
+        _, entrances = model.combine_everywhere(hidden)
+    error = propagation_error(model, entrances, recorded)
     entered, errors = model.router.to_trunk(hidden), []
-    for block in model.trunk:
+    codes = [model.router.propagated(hidden)]
+    for number, block in enumerate(model.trunk):
+        if number in shape.shallow_depths:  # a stage begins: its states read what the one below leaves
+            codes.append(model.router.propagated(entered.detach(), len(codes)))
         mixer = block.mixer
         given = mixer.in_proj(block.norm(entered))[..., mixer.d_inner :].double()
-        read = mixer.propagation(model.router.propagated(hidden)).double()
+        read = mixer.propagation(codes[-1]).double()
         errors.append((((read - given) ** 2).mean((0, 1)) / given.var((0, 1))).mean())
         entered = block(entered, mixer.zero_state(2, hidden.device))[0]
     assert error.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
     error.backward()
     moved = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert moved == {"router.code.weight", *(f"trunk.{i}.mixer.propagation.weight" for i in range(2))}
+    assert moved == {
+        "router.code.weight",
+        *(f"router.later_codes.{i}.weight" for i in range(len(shape.shallow_depths))),
+        *(f"trunk.{i}.mixer.propagation.weight" for i in range(shape.trunk_layers)),
+    }
 
 
 def test_only_a_model_that_propagates_is_recorded_and_only_meanwhile() -> None:

@@ -17,7 +17,7 @@ from model.training.log import read_log
 from model.training.loop import Run, train
 from model.training.recipe import DataConfig
 from model.training.saving import load_state
-from model.training.validation import RATES
+from model.training.validation import SHARES
 from tests.model.subwords import write_subword_source
 from tests.model.test_convert import write_source
 from tests.model.training.runs import CONFIG, RECIPE, SHAPE, after, recipe, weights
@@ -43,7 +43,7 @@ def test_a_stopped_and_resumed_run_ends_where_an_uninterrupted_one_does(corpus: 
         for column in row.keys() - timed:  # a session validates after its last step too
             assert row[column] in (again[column], ""), column
         assert float(row["seconds"]) > 0.0
-    assert all(float(rows[step - 1][f"validation_{rate}"]) > 0 for step in (3, 6) for rate in RATES)
+    assert all(float(rows[step - 1][f"validation_{rate}"]) > 0 for step in (3, 6) for rate in SHARES)
     assert all(float(a["seconds"]) < float(b["seconds"]) for a, b in pairwise(resumed))
 
 

@@ -7,7 +7,7 @@ import torch
 
 from model.training.firing import Reduced, choose_fires
 from model.training.loss import cross_entropy
-from model.training.validation import RATES, validate
+from model.training.validation import SHARES, validate
 from tests.model.shapes import random_model, random_tokens
 
 
@@ -17,7 +17,7 @@ def test_each_rate_scores_as_a_whole_pass_at_its_fires() -> None:
     scores = validate(model, tokens)
     assert list(scores) == ["full", "three_quarters", "half", "quarter", "floor"]
     density = model.analyse(inputs).numpy()
-    for name, rate in RATES.items():
+    for name, rate in SHARES.items():
         fires = torch.ones_like(inputs, dtype=torch.bool)
         if rate < 1.0:
             fires = torch.from_numpy(choose_fires(model.tiles, density, Reduced(rate, False, None, 0.0)))
