@@ -116,7 +116,7 @@ def _fire_threshold(
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A passage and its density features [L, F]."""
+    """A passage and its density features [L, F], of the stage of the trunk that is placed."""
 
     passage: Passage
     features: Tensor
@@ -162,9 +162,15 @@ class Arm:
 
 
 def make_arms(
-    model: AdaptiveAttentionSystem, names: Iterable[str], protocol: Protocol, calibration: Calibration | None
+    model: AdaptiveAttentionSystem,
+    names: Iterable[str],
+    protocol: Protocol,
+    calibration: Calibration | None,
+    depth: int | None = None,
 ) -> list[Arm]:
     """The named arms. Those of ``REFITTED`` are fitted to calibration texts, as training fits the shipped one.
+
+    They place the stage of the trunk that ends after ``depth`` blocks; None for the last.
 
     Raises:
         ValueError: a name is not an arm of the protocol, or calibration text is missing.
@@ -177,21 +183,24 @@ def make_arms(
     refitted = [name for name in names if name in REFITTED]
     if refitted and calibration is None:
         raise ValueError(f"the arms {', '.join(refitted)} need calibration text to fit their thresholds")
-    factory = _Factory(model, calibration)
+    factory = _Factory(model, calibration, depth)
     return [factory.make(name) for name in names]
 
 
 class _Factory:
-    def __init__(self, model: AdaptiveAttentionSystem, calibration: Calibration | None) -> None:
-        self._model = model
+    def __init__(self, model: AdaptiveAttentionSystem, calibration: Calibration | None, depth: int | None) -> None:
+        self._config = model.config
+        self._analyzer, self._shipped = model.placement(depth)
         self._calibration = calibration
-        self._features = None if calibration is None else read_features(model, calibration.tokens.to(model.device))
+        self._features = None
+        if calibration is not None:
+            self._features = read_features(model, calibration.tokens.to(model.device), depth)
 
     def make(self, name: str) -> Arm:
-        combine = self._model.density.combine
+        combine = self._analyzer.combine
         density = self._density(combine)
         if name == ADAPTIVE:
-            return Arm(name, self._model.tiles, density, pays=True, looks_ahead=True)
+            return Arm(name, self._shipped, density, pays=True, looks_ahead=True)
         if name == "online":
             return Arm(name, self._tiles(OnlineTiles), density, pays=True, looks_ahead=False)
         if name == "threshold":
@@ -208,17 +217,17 @@ class _Factory:
             return Arm(name, tiles, _positions, pays=False, looks_ahead=False, equal_rate=name == "uniform-rate")
         if name in SHUFFLED:
             shuffle = shuffle_tiles if name == "shuffled" else shuffle_runs
-            return Arm(name, self._model.tiles, density, pays=True, looks_ahead=True, shuffle=shuffle)
+            return Arm(name, self._shipped, density, pays=True, looks_ahead=True, shuffle=shuffle)
         kind, _, feature = name.partition("-")
         kept = [(other == feature) == (kind == "only") for other in FEATURES]
         assert self._features is not None
-        restricted = restrict(self._model.density, kept, self._features)
+        restricted = restrict(self._analyzer, kept, self._features)
         tiles = self._fitted(TileManager, self._smoothed(restricted))
         return Arm(name, tiles, self._density(restricted), pays=True, looks_ahead=True)
 
     def _tiles(self, kind: type[TileManager]) -> TileManager:
-        tiles = kind(self._model.config)
-        tiles.load_state_dict(self._model.tiles.state_dict())
+        tiles = kind(self._config)
+        tiles.load_state_dict(self._shipped.state_dict())
         return tiles.requires_grad_(False)
 
     def _fitted(self, kind: type[TileManager], signals: Floats) -> TileManager:
@@ -228,10 +237,10 @@ class _Factory:
 
     def _smoothed(self, combine: Combination) -> Floats:
         assert self._features is not None
-        return smooth_features(self._model.density, self._features, combine)
+        return smooth_features(self._analyzer, self._features, combine)
 
     def _density(self, combine: Combination) -> Signal:
-        return lambda text: smooth_features(self._model.density, text.features.unsqueeze(0), combine)[0]
+        return lambda text: smooth_features(self._analyzer, text.features.unsqueeze(0), combine)[0]
 
 
 @torch.inference_mode()

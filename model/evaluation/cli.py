@@ -41,7 +41,9 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "P0: causal; P1: prompts planned, continuations scored; P2: all planned, an upper bound"
     ))  # fmt: skip
     parser.add_argument("--budgets", type=_budgets, help=f"numbers in (0, 1], or floor [{DEFAULT_BUDGETS}]")
-    parser.add_argument("--rates", type=_rates, help=f"points by trunk rate, besides [{DEFAULT_RATES}]")
+    parser.add_argument(
+        "--rates", type=_rates, help=f"points by the share of the trunk that runs, besides [{DEFAULT_RATES}]"
+    )
     parser.add_argument("--arms", default=ADAPTIVE, help=(
         f"ways to place the trunk, with commas, or all; P0: {', '.join(STRICT_ARMS)}; else {', '.join(PLANNED_ARMS)}; "
         "single features run at the first of --rates"
@@ -155,11 +157,12 @@ def _experiment(
     # One point tells what a feature is worth; eight arms of features at every point would double the time.
     feature_points = frozenset([f"rate {rates[0]}"] if rates else [point.label for point in points])
     calibration = read_calibration(arguments.calibration, domains, arguments.document_bytes, tokenizer)
+    depths = dict.fromkeys(point.rates.depth for point in points)
     return Experiment(
         model=model,
         tokenizer=tokenizer,
         protocol=protocol,
-        arms=make_arms(model, names, protocol, calibration),
+        placing={depth: make_arms(model, names, protocol, calibration, depth) for depth in depths},
         points=points,
         feature_points=feature_points,
         plain=_plain(arguments.plain, model, tokenizer),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,9 @@ from model.evaluation.scoring import ENDS, PLAIN, DocumentScores, Key, Tally, fu
 from model.lm import AdaptiveAttentionSystem
 from model.ops.tiling import Bytes, Floats
 from model.tokenizer import Tokenizer
+
+Texts = Mapping[int | None, Text]
+"""One passage, with the features of each depth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +37,17 @@ class Experiment:
     model: AdaptiveAttentionSystem
     tokenizer: Tokenizer
     protocol: Protocol
-    arms: Sequence[Arm]
-    """The shipped rule first."""
+    placing: Mapping[int | None, Sequence[Arm]]
+    """By depth of the trunk the arms that place it, the same everywhere, the shipped rule first."""
     points: Sequence[Point]
     feature_points: frozenset[str]
     """Labels of the points at which arms of single features run."""
     plain: dict[str, AdaptiveAttentionSystem] = field(default_factory=dict)
+
+    @property
+    def arms(self) -> Sequence[Arm]:
+        """Those of one depth."""
+        return next(iter(self.placing.values()))
 
     def runs(self, arm: Arm, point: Point) -> bool:
         """Whether the arm is scored at the point."""
@@ -75,18 +83,33 @@ class Experiment:
                 scores.append(known)
         return scores
 
-    def _read(self, passages: Iterable[Passage]) -> list[Text]:
-        return [Text(passage, read_features(self.model, passage.inputs)[0]) for passage in passages]
+    def _read(self, passages: Iterable[Passage]) -> list[Texts]:
+        return [
+            {depth: Text(passage, read_features(self.model, passage.inputs, depth)[0]) for depth in self.placing}
+            for passage in passages
+        ]
 
-    def _cells(self, texts: Sequence[Text]) -> dict[Key, tuple[Arm, Rates]]:
+    def _cells(self, texts: Sequence[Texts]) -> dict[Key, tuple[Arm, Rates]]:
         """What is scored: each arm at each point at the rates at which it spends what the shipped rule spends."""
-        reference = self.arms[0]
+        cells: dict[Key, tuple[Arm, Rates]] = {}
+        for depth, arms in self.placing.items():
+            points = [point for point in self.points if point.rates.depth == depth]
+            cells |= self._cells_at(arms, points, [one[depth] for one in texts])
+        # In the order of arms and points, whatever their depths.
+        keys = [self.key(arm, point) for arm in self.arms for point in self.points]
+        return {key: cells[key] for key in dict.fromkeys(keys) if key in cells}
+
+    def _cells_at(
+        self, arms: Sequence[Arm], points: Sequence[Point], texts: Sequence[Text]
+    ) -> dict[Key, tuple[Arm, Rates]]:
+        """Those of the points of one depth."""
+        reference = arms[0]
         assert reference.name == ADAPTIVE, "the shipped rule is what others are matched with"
-        cells = {self.key(reference, point): (reference, point.rates) for point in self.points}
-        between = [point for point in self.points if point.end is None]
+        cells = {self.key(reference, point): (reference, point.rates) for point in points}
+        between = [point for point in points if point.end is None]
         signals = [reference.signal(text) for text in texts]
         fires = {point.label: _fires(reference, texts, signals, point.rates) for point in between}
-        for arm in self.arms[1:]:
+        for arm in arms[1:]:
             signals = [arm.signal(text) for text in texts]
             for point in between:
                 if self.runs(arm, point):
@@ -95,15 +118,15 @@ class Experiment:
         return cells
 
     def _score(
-        self, texts: Sequence[Text], cells: dict[Key, tuple[Arm, Rates]], progress: Callable[[int], object]
+        self, texts: Sequence[Texts], cells: dict[Key, tuple[Arm, Rates]], progress: Callable[[int], object]
     ) -> DocumentScores:
         scores = DocumentScores(tallies={key: Tally() for key in cells})
         for text in texts:
-            passage = text.passage
+            passage = next(iter(text.values())).passage
             scores.bytes += passage.bytes
             scores.positions += len(passage)
             scores.full_flops += full_flops(self.model.cost, passage)
-            placements = self._place(text, cells)
+            placements = _place(text, cells)
             depths = [rates.depth for _, rates in cells.values()]
             bits = score(self.model, passage, placements, depths, lambda done: progress(done * len(cells)))
             for (key, (arm, rates)), fires, needed in zip(cells.items(), placements, bits, strict=True):
@@ -116,17 +139,20 @@ class Experiment:
                 tally.add(plain.cost, passage, everywhere, float(needed), analysed=False)
         return scores
 
-    def _place(self, text: Text, cells: dict[Key, tuple[Arm, Rates]]) -> list[Bytes]:
-        signals: dict[str, Floats] = {}
-        placements = []
-        for key, (arm, rates) in cells.items():
-            if key[0] == ENDS:
-                placements.append(np.full(len(text.passage), int(key[1]), np.uint8))
-                continue
-            if arm.name not in signals:
-                signals[arm.name] = arm.signal(text)
-            placements.append(arm.place(text.passage, signals[arm.name], rates))
-        return placements
+
+def _place(texts: Texts, cells: dict[Key, tuple[Arm, Rates]]) -> list[Bytes]:
+    """Where the trunk fires in a passage, for each cell."""
+    signals: dict[tuple[str, int | None], Floats] = {}
+    placements = []
+    for key, (arm, rates) in cells.items():
+        text, wanted = texts[rates.depth], (arm.name, rates.depth)
+        if key[0] == ENDS:
+            placements.append(np.full(len(text.passage), int(key[1]), np.uint8))
+            continue
+        if wanted not in signals:
+            signals[wanted] = arm.signal(text)
+        placements.append(arm.place(text.passage, signals[wanted], rates))
+    return placements
 
 
 def _fires(arm: Arm, texts: Sequence[Text], signals: Sequence[Floats], rates: Rates) -> int:

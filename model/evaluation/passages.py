@@ -145,13 +145,17 @@ def piece_length(model: AdaptiveAttentionSystem) -> int:
 
 
 @torch.inference_mode()
-def read_features(model: AdaptiveAttentionSystem, inputs: Tensor) -> Tensor:
-    """Raw density features [B, L, F] of sequences [B, L], as serving computes them, on the CPU."""
-    state = model.allocate_state(len(inputs))
+def read_features(model: AdaptiveAttentionSystem, inputs: Tensor, depth: int | None = None) -> Tensor:
+    """Raw density features [B, L, F] of sequences [B, L], as serving computes them, on the CPU.
+
+    They are those of the stage that ends after ``depth`` blocks of the trunk; None for the last.
+    """
+    state = model.allocate_state(len(inputs), depth=depth)
     parts = []
     for tokens in inputs.split(piece_length(model), dim=1):
         encoded = model.encode(tokens, state.encoder)
         state.encoder = encoded.states
-        features, state.density = model.features(encoded, state.density)
+        entrance = model.enter(encoded.hidden, state)[-1]
+        features, state.density = model.features(encoded, state.density, entrance)
         parts.append(features.cpu())
     return torch.cat(parts, 1)

@@ -38,7 +38,7 @@ class Point:
 
 
 def make_points(cost: CostModel, budgets: Iterable[float | str], rates: Iterable[Fraction]) -> list[Point]:
-    """Points by budget (a share of full resolution, or ``FLOOR``), and by trunk rate."""
+    """Points by budget (a share of full resolution, or ``FLOOR``), and by the share of the trunk's blocks that run."""
     points = [
         Point(
             budget if isinstance(budget, str) else f"{budget:g}",
@@ -48,8 +48,9 @@ def make_points(cost: CostModel, budgets: Iterable[float | str], rates: Iterable
         for budget in budgets
     ]
     for rate in rates:
-        value = float(rate)
-        points.append(Point(f"rate {rate}", cost.budget(value, logits=1), Rates(value, value)))
+        depth, value = cost.at_share(float(rate))
+        budget = cost.budget(value, logits=1, depth=depth)
+        points.append(Point(f"rate {rate}", budget, Rates(value, value, depth)))
     return points
 
 
@@ -71,7 +72,11 @@ def match_rates(
         signals: of ``arm``, one for each text.
     """
     positions = sum(len(text.passage) for text in texts)
-    spared = positions * cost.unit.density if analysed(reference, point.rates) and not analysed(arm, point.rates) else 0
+    spared = (
+        positions * cost.density(point.rates.depth)
+        if analysed(reference, point.rates) and not analysed(arm, point.rates)
+        else 0
+    )
     fire = cost.fire(point.rates.depth)
     wanted = min(fires + (0.0 if arm.equal_rate else spared / fire), float(positions))
     paid = analysed(arm, point.rates)

@@ -53,7 +53,9 @@ class StrictEvaluation:
         self.scores = [Score(budget=budget) for budget in budgets]
         self._rates = [model.cost.rates(score.budget) for score in self.scores]
         self._cutter = Cutter(Protocol.STRICT, tokenizer, model.config.block_size, model.device)
-        self._arm = make_arms(model, [ADAPTIVE], Protocol.STRICT, None)[0]
+        self._arms = {
+            rates.depth: make_arms(model, [ADAPTIVE], Protocol.STRICT, None, rates.depth)[0] for rates in self._rates
+        }
 
     def add(self, document: bytes, progress: Callable[[int], object] = lambda _: None) -> None:
         """Score every byte of a document given those before it; ``progress`` is called with bytes done.
@@ -65,8 +67,8 @@ class StrictEvaluation:
         """
         cost = self.model.cost
         for passage in self._cutter.cut(document):
-            signal = self._signal(passage)
-            placements = [self._arm.place(passage, signal, rates) for rates in self._rates]
+            signals = {depth: self._signal(passage, depth) for depth in self._arms}
+            placements = [self._arms[rates.depth].place(passage, signals[rates.depth], rates) for rates in self._rates]
             depths = [rates.depth for rates in self._rates]
             bits = score(self.model, passage, placements, depths, progress)
             for tally, rates, fires, needed in zip(self.scores, self._rates, placements, bits, strict=True):
@@ -74,8 +76,8 @@ class StrictEvaluation:
                 tally.bytes += passage.bytes
                 tally.full_flops += full_flops(cost, passage)
 
-    def _signal(self, passage: Passage) -> Floats:
-        """What places are chosen by; where no budget leaves a choice, nothing."""
-        if not any(self.model.cost.analysed(rates.decode) for rates in self._rates):
+    def _signal(self, passage: Passage, depth: int | None) -> Floats:
+        """What places are chosen by at a depth; where no budget leaves a choice, nothing."""
+        if not any(self.model.cost.analysed(rates.decode) for rates in self._rates if rates.depth == depth):
             return np.zeros(len(passage))
-        return self._arm.signal(Text(passage, read_features(self.model, passage.inputs)[0]))
+        return self._arms[depth].signal(Text(passage, read_features(self.model, passage.inputs, depth)[0]))

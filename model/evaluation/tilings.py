@@ -1,4 +1,7 @@
-"""Density, features and tiles of a text, block by block and at several rates, without running the trunk."""
+"""Density, features and tiles of a text, block by block and at several rates.
+
+Of the trunk only the stages run that are below one that is placed.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ import torch
 from torch import Tensor
 
 from model.adaptive.tiling import Pace, TileManager, accrue
-from model.lm import AdaptiveAttentionSystem
+from model.lm import AdaptiveAttentionSystem, Encoded, Entrance
 from model.ops.tiling import Bytes, Floats, staleness_table
-from model.state import ModelState
+from model.state import DensityState, ModelState
 
 
 @dataclass(slots=True)
@@ -23,7 +26,11 @@ class TilingPlan:
     """Trunk fires per byte, 0 to 1."""
     causal: bool
     """The online rule of generating and scoring, instead of the plan of a prompt's blocks."""
+    depth: int | None = None
+    """Blocks of the trunk after which the stage ends that is placed; None for all."""
     pace: Pace = field(default_factory=lambda: Pace(position=0, last_fire=0, fires=0, quota=0.0))
+    density: DensityState | None = None
+    """Of its stage, where that is not the first; None at the start."""
 
     def advance(self, tiles: TileManager, density: Floats) -> tuple[Bytes, Floats]:
         """Fires [L] of the next block, and the bits [L] that its bytes lose to a stale trunk."""
@@ -49,7 +56,7 @@ class PieceAnalysis:
     """What is known of L positions."""
 
     density: Floats
-    """[L] bits, smoothed: what decides where the trunk runs."""
+    """[L] bits, smoothed, of the trunk's first stage: what decides where it runs."""
     features: Floats
     """[L, 5] in the order of ``model.adaptive.density.FEATURES``."""
     measured: bool
@@ -60,6 +67,20 @@ class PieceAnalysis:
     """Per plan [L] bits lost to a stale trunk; 0 where it fires."""
 
 
+def placed_stage(model: AdaptiveAttentionSystem, plan: TilingPlan) -> int:
+    """The stage of the trunk whose density a plan reads; the first where it reads none."""
+    return model.config.stage(plan.depth) if model.cost.analysed(plan.rate) else 0
+
+
+def _density(model: AdaptiveAttentionSystem, encoded: Encoded, entrance: Entrance, plan: TilingPlan) -> Floats:
+    """Smoothed density [L] of a later stage, whose state the plan carries."""
+    analyzer, _ = model.placements()[entrance.stage]
+    before = analyzer.zero_state(1, model.device) if plan.density is None else plan.density
+    features, plan.density = model.features(encoded, before, entrance)
+    density: Floats = analyzer.smooth(analyzer.combine(features), before, plan.density)[0]
+    return density
+
+
 @torch.inference_mode()
 def analyse_piece(
     model: AdaptiveAttentionSystem, tokens: Tensor, state: ModelState, plans: Iterable[TilingPlan]
@@ -68,14 +89,24 @@ def analyse_piece(
 
     Args:
         tokens: [1, L], at most ``block_size``; every block of a text but the last has exactly that length.
-        state: before them; its encoder and density are replaced by those after. plans: advanced by L positions.
+        state: before them; its encoder, its density and the stages of its trunk that run below one that is placed are
+            replaced by those after. plans: advanced by L positions.
     """
+    plans = list(plans)
     encoded = model.encode(tokens, state.encoder)
     state.encoder = encoded.states
     before = state.density
     features, state.density = model.features(encoded, before)
     density = model.density.smooth(model.density.combine(features), before, state.density)[0]
-    tilings = [plan.advance(model.tiles, density) for plan in plans]
+    highest = max((placed_stage(model, plan) for plan in plans), default=0)
+    reading = replace(state, depth=torch.full_like(state.depth, model.config.depths[highest]))
+    entrances = model.enter(encoded.hidden, reading)
+    state.trunk = reading.trunk
+    tilings = []
+    for plan in plans:
+        stage = placed_stage(model, plan)
+        values = _density(model, encoded, entrances[stage], plan) if stage else density
+        tilings.append(plan.advance(model.placements()[stage][1], values))
     return PieceAnalysis(
         density=density,
         features=features[0].double().cpu().numpy(),

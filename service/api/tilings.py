@@ -52,7 +52,7 @@ async def create_tilings(request: Request, body: TilingsRequest, context: Contex
         grant(ComputeBudget.exactly(1.0), context.cost),
         arrived=time.monotonic(),
         tokenizer=context.tokenizer,
-        plans=tuple(TilingPlan(rate, causal) for rate in rates),
+        plans=tuple(TilingPlan(rate, causal, given.rates.depth) for rate, given in zip(rates, grants, strict=True)),
     )
     outputs = admit(context, [sequence], whole=True)
     return await respond_whole(request, analyse(context, body, grants, sequence, outputs), outputs.close)
@@ -104,7 +104,7 @@ def describe(given: Grant, plan: TilingPlan, pieces: list[tuple[Bytes, Floats]],
     length = len(fires)
     ends = (np.flatnonzero(fires) + 1).tolist()
     depth = given.rates.depth
-    between = cost.propagation(depth) if cost.analysed(plan.rate) else 0
+    between = cost.below(depth) + (cost.propagation(depth) if cost.analysed(plan.rate) else 0)
     bounds = [0, *ends, *([length] if ends and ends[-1] < length else [])]
     tiles = [
         TileModel(

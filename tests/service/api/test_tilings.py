@@ -10,7 +10,7 @@ import torch
 from model.adaptive.density import FEATURES
 from model.lm import AdaptiveAttentionSystem
 from model.tokenizer import DOCUMENT
-from tests.model.shapes import PROPAGATING, UNMEASURED, random_model
+from tests.model.shapes import PROPAGATING, SHALLOW, UNMEASURED, random_model
 from tests.service.servers import Running, serving
 
 TEXT = "The parser reads é line by line, and every line must hold the same number of fields. " * 5
@@ -69,6 +69,32 @@ def test_tiles_cost_what_the_trunk_does_where_its_states_read_on() -> None:
     for tiling in between:
         costs = sum(tile["compute_cost"] for tile in tiling["tiles"])
         assert tiling["spent_flops"] - costs == length * (cost.unit.encoder + cost.unit.decoder + cost.unit.density)
+
+
+@pytest.mark.parametrize("rule", ["plan", "online"])
+def test_each_budget_places_the_stage_that_it_can_pay_for(rule: str) -> None:
+    model = random_model(SHALLOW)
+    cost, budgets = model.cost, [1.0, 0.9, 0.75, 0.7, 0.55, 0.4, 0.01]
+    depths = [cost.rates(budget).depth for budget in budgets]
+    assert set(depths) == {None, 1, 2}
+    with serving(model) as running:
+        answer = tilings(running, budgets=budgets, rule=rule)
+        scored = {"logprobs": 0} if rule == "online" else {}
+        for given, budget in zip(answer["tilings"], budgets, strict=True):
+            text = {"prompt": TEXT, "max_tokens": 0, "echo": True, "compute_budget": budget}
+            read = running.complete(**text, **scored)["usage"]["compute"]
+            for name in ("spent_flops", "full_flops", "spent", "reason"):
+                assert given[name] == read[name], (budget, name)
+            inside = sum(tile["compute_cost"] for tile in given["tiles"])
+            assert inside <= read["spent_flops"]
+        one = tilings(running, budgets=[0.4], rule=rule)
+        running.wait_until_idle()
+    length = 1 + len(TEXT.encode())
+    densities = sum(cost.density(depth) for depth in SHALLOW.depths)
+    unit = length * (cost.unit.encoder + densities + cost.below(None))
+    assert answer["usage"]["compute"]["spent_flops"] == unit, "two stages are run to place the third"
+    assert one["usage"]["compute"]["spent_flops"] == length * (cost.unit.encoder + cost.density(1))
+    assert one["density"] == answer["density"]
 
 
 @pytest.mark.parametrize(("number", "budget"), list(enumerate(BUDGETS)))

@@ -29,17 +29,16 @@ def test_a_budget_that_pays_for_tiles_is_granted_as_asked() -> None:
 
 
 def test_a_smaller_depth_that_runs_everywhere_is_granted_what_it_costs() -> None:
-    depths = {"trunk_layers": 3, "shallow_depths": (2,), "shallow_budgets": (0.9,)}
+    depths = {"trunk_layers": 3, "shallow_depths": (2,)}
     cost = CostModel(TINY.model_copy(update=depths))
-    everywhere = cost.budget(1.0, logits=1, depth=2)
-    assert everywhere < 0.85
-    for share in (0.85, 0.9):
+    everywhere, start = cost.budget(1.0, logits=1, depth=2), cost.budget(1 / TINY.max_tile_size, logits=1)
+    for share in (everywhere, math.nextafter(start, 0.0)):
         given = grant(ComputeBudget.exactly(share), cost)
         assert (given.requested, given.granted, given.reason) == (share, everywhere, Reason.DEPTH)
         assert (given.rates.prefill, given.rates.decode, given.rates.depth) == (1.0, 1.0, 2)
-    assert grant(ComputeBudget.exactly(0.91), cost).reason is Reason.REQUESTED
+    assert grant(ComputeBudget.exactly(start), cost).reason is Reason.REQUESTED
     assert grant(ComputeBudget.exactly(1.0), cost).granted == 1.0
-    lowered = grant(ComputeBudget(1.0, 0.7), cost).at(0.5, cost)
+    lowered = grant(ComputeBudget(1.0, everywhere), cost).at(0.0, cost)
     assert (lowered.granted, lowered.reason) == (everywhere, Reason.LOAD)
 
 

@@ -31,12 +31,14 @@ def compiled():
     return {name: len(f.signatures) for name, f in loops.items()}
 
 rank = int(sys.argv[1])
-shape = TINY.model_copy(update={"propagation_rank": rank, "shallow_depths": (1,), "shallow_budgets": (0.7,)})
+stages = {"shallow_depths": (1,), "density_measured": False, "density_hidden": 8}
+shape = TINY.model_copy(update={"propagation_rank": rank} | stages)
 runner = ModelRunner(tiny_model(config=shape))
 assert not any(compiled().values())
 runner.warm_up()
 warm = compiled()
-used = ["encode_rows", "decode_rows", "keep_window", "mixer_rows", "density_rows", "plan_block", "draw_rows"]
+used = ["encode_rows", "enter_rows", "decode_rows", "keep_window", "mixer_rows"]
+used += ["density_rows", "plan_block", "draw_rows"]
 for loop in used:
     assert warm[loop] == 1, warm
 limits = Limits.for_states(runner.state_sizes, running=5, block_size=runner.block_size)

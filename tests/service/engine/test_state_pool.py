@@ -73,7 +73,9 @@ def test_an_arena_comes_apart_into_equal_parts(rows_held: int, most: int, sizes:
 
 
 def test_a_slot_keeps_its_depth_wherever_its_state_is() -> None:
-    model = tiny_model(config=TINY.model_copy(update={"shallow_depths": (1,)}))
+    model = tiny_model(
+        config=TINY.model_copy(update={"shallow_depths": (1,), "density_measured": False, "density_hidden": 8})
+    )
     pool = StatePool(model)
     mark(pool, 0)
     mark(pool, 1)
