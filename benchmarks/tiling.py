@@ -48,10 +48,11 @@ def main() -> None:
     set_threads(arguments.threads)
     model = load_checkpoint(arguments.checkpoint, torch.device("cpu"))
     tokens = torch.tensor([list(sample_text(BYTES).encode("ascii"))])
-    density = model.analyse(tokens)[0].numpy()
+    first = model.config.depths[0]  # the stage that most budgets place, where there are several
+    density = model.analyse(tokens, first)[0].numpy()
     programmes = [time_programme(model, density, float(rate)) for rate in arguments.rates.split(",")]
     budgets = [float(budget) for budget in arguments.budgets.split(",")]
-    plans = [time_plan(model, tokens, density, budget, arguments.rounds) for budget in budgets]
+    plans = [time_plan(model, tokens, budget, arguments.rounds) for budget in budgets]
     met = {
         "programme": max(row["milliseconds"] for row in programmes) <= TARGET_MS,
         "prefill_share": max(row["prefill_share"] for row in plans) <= TARGET_SHARE,
@@ -119,18 +120,17 @@ def time_programme(model: AdaptiveAttentionSystem, density: Floats, rate: float)
     }
 
 
-def time_plan(
-    model: AdaptiveAttentionSystem, tokens: torch.Tensor, density: Floats, budget: float, rounds: int
-) -> dict[str, float]:
+def time_plan(model: AdaptiveAttentionSystem, tokens: torch.Tensor, budget: float, rounds: int) -> dict[str, float]:
     """Milliseconds of the plans of a whole prompt at one budget, and their share of reading it."""
     bought, size = model.cost.rates(budget), model.config.block_size
-    rate = bought.prefill
+    rate, (_, tiles) = bought.prefill, model.placement(bought.depth)
+    density = model.analyse(tokens, bought.depth)[0].numpy()
 
     def plan() -> None:
         fires = last_fire = 0
         for start in range(0, len(density), size):
             pace = Pace(start, last_fire, fires, rate * start)
-            ends = np.flatnonzero(model.tiles.plan(density[start : start + size], rate, pace)) + 1
+            ends = np.flatnonzero(tiles.plan(density[start : start + size], rate, pace)) + 1
             fires += len(ends)
             last_fire = start + int(ends[-1]) if len(ends) else last_fire
 

@@ -83,6 +83,8 @@ class ModelConfig(StrictModel):
             raise ValueError(f"shallow_depths = {depths[:-1]} must rise strictly and end below {depths[-1]}")
         if len(depths) > 1 and self.density_measured:
             raise ValueError("density_measured must be off where there are shallow_depths: only the first stage could")
+        if len(depths) > 1 and not self.propagation_rank:
+            raise ValueError("propagation_rank must be above 0 where there are shallow_depths")
         if not self.min_tile_size <= self.max_tile_size <= self.block_size:
             raise ValueError(
                 f"tile sizes must satisfy min_tile_size = {self.min_tile_size} <= max_tile_size = "

@@ -9,6 +9,7 @@ not counted.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from typing import Self
 
@@ -128,13 +129,13 @@ class CostModel:
         The stages below run everywhere, which is worth more than one above at some bytes.
         """
         first = self._config.shallow_depths[0] if self._config.shallow_depths else None
-        return next((depth for depth, least in reversed(self._starts) if budget >= least), first)
+        return next((depth for depth, least in reversed(self._starts) if budget >= min(least, 1.0)), first)
 
-    def at_share(self, share: float) -> tuple[int | None, float]:
+    def at_share(self, share: Fraction) -> tuple[int | None, float]:
         """The depth, None for all, and the fires per byte at which that share of the trunk's blocks runs."""
         blocks = share * self._config.trunk_layers
         depth = next((depth for depth in self._config.shallow_depths if blocks <= depth), None)
-        return depth, (blocks - self._config.base(depth)) / self._own_blocks(depth)
+        return depth, float((blocks - self._config.base(depth)) / self._own_blocks(depth))
 
     def _own_blocks(self, depth: int | None) -> int:
         """Blocks of the stage that ends after ``depth``."""

@@ -177,8 +177,8 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
     def set_depth(self, state: ModelState, depth: int) -> None:
         """Run ``depth`` blocks of the trunk from here on, in every row; bytes that wait are read as before.
 
-        Blocks that did not run have read nothing: they go on from where they stood. What was held was another stage's,
-        and what was smoothed another stage's density: both begin anew.
+        Blocks that did not run have read nothing: they go on from where they stood. What was held, when the trunk last
+        fired and what was smoothed are another stage's: unless all rows are there already, they begin anew.
 
         Raises:
             ValueError: the depth is not one of the model's.
@@ -190,7 +190,8 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         self.settle(state)
         state.depth = torch.full_like(state.depth, depth)
         state.density = self.density.zero_state(len(state.depth), self.device)
-        state.router = replace(state.router, held=torch.zeros_like(state.router.held))
+        router, held = state.router, torch.zeros_like(state.router.held)
+        state.router = replace(router, held=held, last_fire=torch.zeros_like(router.last_fire))
 
     def settle(self, state: ModelState) -> None:
         """Let the trunk's states read what they have put off, so that they are up to date; replaces them if need be."""

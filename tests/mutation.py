@@ -257,7 +257,8 @@ MUTATIONS = (
     ),
     Mutation(
         "what another stage held is added to what this one does", SYSTEM,
-        "held=torch.zeros_like(state.router.held)", "held=state.router.held", ("tests/model/test_depth.py", READING),
+        "router, held = state.router, torch.zeros_like(state.router.held)",
+        "router, held = state.router, state.router.held", ("tests/model/test_depth.py", READING),
     ),
     Mutation(
         "operations of blocks that did not run billed", "model/cost.py",

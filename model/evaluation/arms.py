@@ -73,6 +73,8 @@ class ThresholdTiles(TileManager):
 
     def online(self, density: Floats, rate: float, pace: Pace, log_threshold: float | None = None) -> Bytes:
         """Fires [L] where the signal reaches the threshold, bent by the pacing error."""
+        if rate >= 1.0:
+            return np.ones(len(density), np.uint8)
         if log_threshold is None:
             log_threshold = self.log_at(self.log_thresholds, rate)
         return _fire_threshold(

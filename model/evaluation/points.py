@@ -48,7 +48,7 @@ def make_points(cost: CostModel, budgets: Iterable[float | str], rates: Iterable
         for budget in budgets
     ]
     for rate in rates:
-        depth, value = cost.at_share(float(rate))
+        depth, value = cost.at_share(rate)
         budget = cost.budget(value, logits=1, depth=depth)
         points.append(Point(f"rate {rate}", budget, Rates(value, value, depth)))
     return points

@@ -76,12 +76,13 @@ def score(
 ) -> Floats:
     """Bits [n] of the scored tokens of a passage under n placements, each fires [L]; the encoder runs once for all.
 
-    ``depths`` are the blocks of the trunk that run at each, None for all.
+    ``depths`` are the blocks after which the trunk's placed stage ends at each, None for all.
     ``progress`` is called with the scored bytes of each piece read.
     """
     piece = piece_length(model)
     encoder = model.allocate_state(1).encoder
     states = [model.allocate_state(1, depth=depth) for depth in depths]
+    below = {depth: model.allocate_state(1, depth=depth) for depth in depths}  # what runs everywhere is read once
     everywhere = [bool(fires.all()) for fires in placements]
     somewhere = [bool(fires.any()) for fires in placements]
     nats = np.zeros(len(placements))
@@ -89,12 +90,14 @@ def score(
         end = min(start + piece, len(passage))
         encoded = model.encode(passage.inputs[:, start:end], encoder)
         encoder = encoded.states
+        entrances = {depth: model.enter(encoded.hidden, state)[-1] for depth, state in below.items()}
         first = min(max(passage.scored - start, 0), end - start)
         targets = passage.targets[start + first : end]
-        for index, (fires, state) in enumerate(zip(placements, states, strict=True)):
+        for index, (fires, state, depth) in enumerate(zip(placements, states, depths, strict=True)):
             part = torch.from_numpy(fires[start:end].astype(bool)).to(model.device).unsqueeze(0)
             chosen = None if everywhere[index] else part
-            output = model.combine(encoded.hidden, chosen, state, propagate=somewhere[index])
+            given = entrances[depth]
+            output = model.combine(encoded.hidden, chosen, state, propagate=somewhere[index], entrance=given)
             losses = F.cross_entropy(model.head(output[0, first:]), targets, reduction="none")
             # In double precision: the sum over thousands of bytes has no fourth decimal in single.
             nats[index] += losses.double().sum().item()

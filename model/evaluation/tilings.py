@@ -5,7 +5,7 @@ Of the trunk only the stages run that are below one that is placed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -30,7 +30,7 @@ class TilingPlan:
     """Blocks of the trunk after which the stage ends that is placed; None for all."""
     pace: Pace = field(default_factory=lambda: Pace(position=0, last_fire=0, fires=0, quota=0.0))
     density: DensityState | None = None
-    """Of its stage, where that is not the first; None at the start."""
+    """Of its stage, where that is not the first; None at the start. Plans of one stage share it."""
 
     def advance(self, tiles: TileManager, density: Floats) -> tuple[Bytes, Floats]:
         """Fires [L] of the next block, and the bits [L] that its bytes lose to a stale trunk."""
@@ -56,7 +56,7 @@ class PieceAnalysis:
     """What is known of L positions."""
 
     density: Floats
-    """[L] bits, smoothed, of the trunk's first stage: what decides where it runs."""
+    """[L] bits, smoothed, of the trunk's first stage: what decides where that runs."""
     features: Floats
     """[L, 5] in the order of ``model.adaptive.density.FEATURES``."""
     measured: bool
@@ -72,12 +72,16 @@ def placed_stage(model: AdaptiveAttentionSystem, plan: TilingPlan) -> int:
     return model.config.stage(plan.depth) if model.cost.analysed(plan.rate) else 0
 
 
-def _density(model: AdaptiveAttentionSystem, encoded: Encoded, entrance: Entrance, plan: TilingPlan) -> Floats:
-    """Smoothed density [L] of a later stage, whose state the plan carries."""
+def _density(
+    model: AdaptiveAttentionSystem, encoded: Encoded, entrance: Entrance, plans: Sequence[TilingPlan]
+) -> Floats:
+    """Smoothed density [L] of a later stage, whose state its plans carry."""
     analyzer, _ = model.placements()[entrance.stage]
-    before = analyzer.zero_state(1, model.device) if plan.density is None else plan.density
-    features, plan.density = model.features(encoded, before, entrance)
-    density: Floats = analyzer.smooth(analyzer.combine(features), before, plan.density)[0]
+    before = plans[0].density or analyzer.zero_state(1, model.device)
+    features, after = model.features(encoded, before, entrance)
+    density: Floats = analyzer.smooth(analyzer.combine(features), before, after)[0]
+    for plan in plans:
+        plan.density = after
     return density
 
 
@@ -102,11 +106,14 @@ def analyse_piece(
     reading = replace(state, depth=torch.full_like(state.depth, model.config.depths[highest]))
     entrances = model.enter(encoded.hidden, reading)
     state.trunk = reading.trunk
-    tilings = []
+    densities, tilings = {0: density}, []
+    for stage in range(1, highest + 1):
+        placing = [plan for plan in plans if placed_stage(model, plan) == stage]
+        if placing:
+            densities[stage] = _density(model, encoded, entrances[stage], placing)
     for plan in plans:
         stage = placed_stage(model, plan)
-        values = _density(model, encoded, entrances[stage], plan) if stage else density
-        tilings.append(plan.advance(model.placements()[stage][1], values))
+        tilings.append(plan.advance(model.placements()[stage][1], densities[stage]))
     return PieceAnalysis(
         density=density,
         features=features[0].double().cpu().numpy(),

@@ -44,7 +44,7 @@ def grow(plain: AdaptiveAttentionSystem, config: ModelConfig) -> AdaptiveAttenti
 
 
 def _exits(model: AdaptiveAttentionSystem) -> list[Tensor]:
-    """What the trunk's update passes last: all of it is 0 if these are."""
+    """What the trunk's updates pass last: all of them are 0 if these are."""
     if model.router.up is not None:
-        return [model.router.up.weight]
+        return [up.get_parameter("weight") for up in model.router.ups() if up is not None]
     return [block.get_parameter("mixer.out_proj.weight") for block in model.trunk]

@@ -60,7 +60,7 @@ def compute_loss(
         task = task + config.shallow_weight * shallow
         loss.bits["shallow"] = shallow.item() / math.log(2.0)
     if reduced.ends_only:
-        floor = end_cost(model, encoded, targets, floor=True)
+        floor = floor_cost(model, encoded, targets)
         loss.total = (task + config.floor_weight * floor.mean()) / config.fixed_weight
         loss.bits["floor"] = floor.mean().item() / math.log(2.0)
         return loss
@@ -76,7 +76,7 @@ def compute_loss(
     logits = model.head(output)
     cost = cross_entropy(logits, targets)
     with torch.set_grad_enabled(config.floor_weight > 0.0):
-        floor = cost if reduced.rate == 0 and not stage else end_cost(model, encoded, targets, floor=True)
+        floor = cost if reduced.rate == 0 and not stage else floor_cost(model, encoded, targets)
     task = task + config.floor_weight * floor.mean() + (1.0 - config.fixed_weight) * cost.mean()
     information = divergence(logits, full_logits) + density_regression(
         model,
@@ -124,10 +124,10 @@ def _analyse(
     return density, smoothed
 
 
-def end_cost(model: AdaptiveAttentionSystem, encoded: Encoded, targets: Tensor, *, floor: bool) -> Tensor:
-    """Cross entropy in nats [B, L] of texts from their start, the trunk run everywhere or nowhere (``floor``)."""
-    fires = torch.zeros_like(targets, dtype=torch.bool) if floor else None
-    state = model.allocate_state(len(targets), depth=model.config.depths[0] if floor else None)
+def floor_cost(model: AdaptiveAttentionSystem, encoded: Encoded, targets: Tensor) -> Tensor:
+    """Cross entropy in nats [B, L] of texts from their start, the trunk run nowhere."""
+    fires = torch.zeros_like(targets, dtype=torch.bool)
+    state = model.allocate_state(len(targets), depth=model.config.depths[0])
     return cross_entropy(model.head(model.combine(encoded.hidden, fires, state, propagate=False)), targets)
 
 

@@ -109,4 +109,4 @@ def _late(curves: Mapping[str, Curve]) -> list[float]:
 
 
 def _label(rate: str) -> str:
-    return f"validation, {rate.replace('_', ' ')}" + (" of the trunk" if 0.0 < SHARES.get(rate, 0.0) < 1.0 else "")
+    return f"validation, {rate.replace('_', ' ')}" + (" of the trunk" if 0 < SHARES.get(rate, 0) < 1 else "")

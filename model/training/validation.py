@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -14,7 +15,13 @@ from model.ops.tiling import Floats
 from model.training.firing import Reduced, choose_fires
 from model.training.loss import cross_entropy
 
-SHARES = {"full": 1.0, "three_quarters": 0.75, "half": 0.5, "quarter": 0.25, "floor": 0.0}
+SHARES = {
+    "full": Fraction(1),
+    "three_quarters": Fraction(3, 4),
+    "half": Fraction(1, 2),
+    "quarter": Fraction(1, 4),
+    "floor": Fraction(0),
+}
 """Of the trunk's blocks, how many run per byte, by name."""
 
 SCORES = ("full", "shallow", *list(SHARES)[1:])

@@ -20,7 +20,7 @@ class Reason(StrEnum):
     FLOOR = "floor"
     """The request asked for less than the model can do with: it runs without the trunk."""
     DEPTH = "depth"
-    """A trunk that ends early and runs everywhere costs less, and is better than all of it at some places."""
+    """The request asked for more than a stage of the trunk costs everywhere, and for too little to place the next."""
     MAXIMUM = "maximum"
     """The request's target is above what its API key may be granted, its minimum is not: it gets the maximum."""
     LOAD = "load"
@@ -98,7 +98,7 @@ class Grant:
 def grant(budget: ComputeBudget, cost: CostModel, maximum: float = 1.0) -> Grant:
     """The grant for a budget: the target, at most ``maximum``; the floor where that does not pay for adaptive firing.
 
-    It is what the smaller depth costs, where the model has one that is better everywhere than all of the trunk.
+    It is what a stage of the trunk costs at every byte where it pays for more than that, and not for placing the next.
 
     Raises:
         BudgetAboveMaximumError: the budget's minimum is above ``maximum``.

@@ -25,7 +25,7 @@ class Snapshot(Generic[S]):
 def extend_key(key: bytes, tokens: Sequence[int], rate: float, depth: int | None) -> bytes:
     """The key of the prefix ``key`` and one more block, read at so many fires per token.
 
-    A fire runs so many blocks of the trunk, None for all.
+    ``depth``: blocks after which the stage ends that is placed, None for all.
     """
     content = struct.pack(f"<dI{len(tokens)}I", rate, depth or 0, *tokens)
     return hashlib.blake2b(content, key=key, digest_size=32).digest()

@@ -90,9 +90,9 @@ class ComputeUsage:
     full_flops: int
     """Those of the same bytes at full resolution."""
     tiles: int
-    """How often the trunk ran."""
+    """How often the trunk fired: of several stages, the one that is placed."""
     mean_tile_bytes: float | None
-    """None where the trunk never ran."""
+    """None where it never fired."""
     reason: str
     """Why so much was granted: `requested`, `floor`, `depth`, `maximum` or `load`."""
     d_state: int
@@ -239,7 +239,7 @@ class Sequence:
 
     @property
     def depth(self) -> int | None:
-        """Blocks of the trunk that run; None for all."""
+        """Blocks after which the trunk's stage ends that is placed; None for all."""
         return self.grant.rates.depth
 
     def regrant(self, grant: Grant) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ COST = CostModel(SHALLOW)
         ({"shallow_depths": (2, 1)}, "must rise strictly and end below 3"),
         ({"shallow_depths": (1, 3)}, "must rise strictly and end below 3"),
         ({"density_measured": True}, "density_measured must be off"),
+        ({"propagation_rank": 0}, "propagation_rank must be above 0"),
     ],
 )
 def test_depths_that_make_no_sense_are_refused(change: dict[str, object], message: str) -> None:
@@ -144,12 +146,14 @@ def test_another_depth_holds_nothing_of_the_one_before() -> None:
     rates = torch.full((2,), 0.5, dtype=torch.float64)
     for column in tokens.unbind(1):
         model.step(column, state, rates)
-    held, level = state.router.held, state.density.level
+    held, level, last = state.router.held, state.density.level, state.router.last_fire
     model.set_depth(state, 2)
     assert state.router.held is held
     assert held.any()
+    assert last.all()
     model.set_depth(state, 3)
     assert not state.router.held.any()
+    assert not state.router.last_fire.any(), "the new stage has never run"
     assert level.any()
     assert not state.density.level.any()
 
@@ -161,6 +165,9 @@ def test_a_budget_buys_the_deepest_stage_that_it_can_place() -> None:
         assert (COST.depth(start), COST.depth(start - 1e-9)) == (depth, below)
         assert COST.rates(start - 1e-9).decode == 1.0, "all of the stages below run first"
     assert (COST.depth(0.0), COST.depth(1.0)) == (1, None)
+    dear = CostModel(SHALLOW.model_copy(update={"density_hidden": 1 << 12}))
+    assert dear.budget(1 / SHALLOW.max_tile_size, logits=1) > 1.0
+    assert dear.rates(1.0).depth is None, "all of the budget is all of the model, whatever placing would cost"
     plain = CostModel(SHALLOW.model_copy(update={"shallow_depths": ()}))
     assert (plain.depth(0.0), plain.depth(0.5)) == (None, None)
     assert COST.floor * COST.full_flops(1, 1) == plain.floor * plain.full_flops(1, 1)
@@ -194,7 +201,10 @@ def test_every_stage_is_billed_what_it_runs(width: int) -> None:
 
 
 def test_a_share_of_the_trunk_is_that_of_the_blocks_that_run() -> None:
-    assert [COST.at_share(share) for share in (0.0, 1 / 6, 0.5, 1.0)] == [(1, 0.0), (1, 0.5), (2, 0.5), (None, 1.0)]
+    shares = [Fraction(0), Fraction(1, 6), Fraction(1, 3), Fraction(1, 2), Fraction(1)]
+    assert [COST.at_share(share) for share in shares] == [(1, 0.0), (1, 0.5), (1, 1.0), (2, 0.5), (None, 1.0)]
+    many = CostModel(SHALLOW.model_copy(update={"trunk_layers": 25, "shallow_depths": (7,)}))
+    assert many.at_share(Fraction(7, 25)) == (7, 1.0)
 
 
 def test_a_depth_that_runs_everywhere_spends_no_more() -> None:

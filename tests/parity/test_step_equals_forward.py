@@ -34,11 +34,10 @@ def test_stepping_equals_one_forward_pass(rate: float, d_state: int | None, shap
 
 
 @pytest.mark.parametrize("width", [32, 48], ids=["equal widths", "projected"])
-@pytest.mark.parametrize("rank", [0, 6], ids=["skips", "propagates"])
 @pytest.mark.parametrize("depth", SHALLOW.depths)
 @pytest.mark.parametrize("rate", [1.0, 0.5, 0.05])
-def test_stepping_equals_one_forward_pass_at_every_depth(rate: float, depth: int, rank: int, width: int) -> None:
-    shape = SHALLOW.model_copy(update={"propagation_rank": rank, "d_trunk": width})
+def test_stepping_equals_one_forward_pass_at_every_depth(rate: float, depth: int, width: int) -> None:
+    shape = SHALLOW.model_copy(update={"d_trunk": width})
     model, tokens = random_model(shape), random_tokens(1, 150)
     logits, fires = step_through(model, tokens, torch.tensor([rate], dtype=torch.float64), depth=depth)
     torch.testing.assert_close(logits, model(tokens, fires, depth=depth), **CLOSE)

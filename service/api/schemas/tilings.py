@@ -42,7 +42,8 @@ class TileModel(ApiModel):
     info_loss: float
     """Bits lost at the positions before its last, where the trunk is stale."""
     compute_cost: int
-    """FLOPs of the trunk: its step, which a last tile that is still open lacks, and what its states read between."""
+    """FLOPs of the trunk: its step, which a last tile that is still open lacks, what its states read between, and the
+    stages that run at every position."""
 
 
 class TilingModel(ApiModel):
@@ -51,13 +52,14 @@ class TilingModel(ApiModel):
     budget: float
     """As it was asked for."""
     granted: float
-    """The budget, or the floor where the budget does not pay for adaptive firing."""
+    """The budget; the floor where it does not pay for adaptive firing, a stage at every position where not for placing
+    the next."""
     reason: str
     """`requested`, `floor` or `depth`."""
     tiles: list[TileModel]
-    """In order, covering the text; empty where the trunk never runs."""
+    """In order, covering the text; empty where nothing fires."""
     info_loss: float
-    """Bits lost to a stale trunk, over the whole text, as the density predicts."""
+    """Bits lost to a stale trunk, over the whole text, as the density predicts: of the stage that is placed alone."""
     spent: float
     """`spent_flops / full_flops`."""
     spent_flops: int
@@ -106,7 +108,7 @@ class Tilings(ApiModel):
     tokens: list[int]
     """Of the text, one put in front included."""
     density: list[float]
-    """Bits that a position would lose if the trunk were stale there."""
+    """Bits that a position would lose if the trunk's first stage were stale there."""
     features: Features
     """What the density is made of."""
     tilings: list[TilingModel]

@@ -16,17 +16,18 @@ from model.training.firing import Reduced
 from model.training.grow import grow
 from model.training.loop import Run, train
 from model.training.loss import compute_loss
-from tests.model.shapes import SMALL, random_model, random_tokens
+from tests.model.shapes import SHALLOW, SMALL, random_model, random_tokens
 from tests.model.training.runs import CONFIG, RECIPE, SHAPE, recipe, weights
 
 PLAIN = ModelConfig(**{**SMALL.model_dump(), "d_trunk": 32, "trunk_layers": 1, "decoder_layers": 0})
 
 
+@pytest.mark.parametrize("shape", [SMALL, SHALLOW], ids=["one stage", "stages"])
 @pytest.mark.parametrize("d_trunk", [48, 32])
-def test_a_grown_model_computes_what_the_plain_one_did(d_trunk: int) -> None:
+def test_a_grown_model_computes_what_the_plain_one_did(d_trunk: int, shape: ModelConfig) -> None:
     plain, tokens = random_model(PLAIN), random_tokens(2, 90)
     plain.trunk[0].mixer.tile_exponent.zero_()
-    grown = grow(plain, SMALL.model_copy(update={"d_trunk": d_trunk})).eval().requires_grad_(False)
+    grown = grow(plain, shape.model_copy(update={"d_trunk": d_trunk})).eval().requires_grad_(False)
     expected = plain(tokens)
     for fires in (None, torch.zeros(2, 90, dtype=torch.bool), torch.arange(180).view(2, 90) % 3 == 0):
         torch.testing.assert_close(grown(tokens, fires), expected, atol=1e-4, rtol=1e-4)

@@ -32,13 +32,13 @@ def compiled():
 
 rank = int(sys.argv[1])
 stages = {"shallow_depths": (1,), "density_measured": False, "density_hidden": 8}
-shape = TINY.model_copy(update={"propagation_rank": rank} | stages)
+shape = TINY.model_copy(update={"propagation_rank": rank} | stages if rank else {})
 runner = ModelRunner(tiny_model(config=shape))
 assert not any(compiled().values())
 runner.warm_up()
 warm = compiled()
-used = ["encode_rows", "enter_rows", "decode_rows", "keep_window", "mixer_rows"]
-used += ["density_rows", "plan_block", "draw_rows"]
+used = ["encode_rows", "decode_rows", "keep_window", "mixer_rows", "density_rows", "plan_block", "draw_rows"]
+used += ["enter_rows"] if rank else []
 for loop in used:
     assert warm[loop] == 1, warm
 limits = Limits.for_states(runner.state_sizes, running=5, block_size=runner.block_size)
@@ -54,7 +54,7 @@ while not engine.idle:
         if sequence.slot is not None and sequence.prefilled:
             with torch.inference_mode():
                 runner.pool.resize(sequence.slot, 4)
-                runner.pool.set_depth(sequence.slot, 1)  # and until the next step its trunk ends early
+                runner.pool.set_depth(sequence.slot, shape.depths[0])  # and until the next step its trunk ends early
 assert all(sequence.finish is not None for sequence in sequences)
 assert compiled() == warm, (compiled(), warm)
 """
