@@ -17,7 +17,8 @@ def test_each_rate_scores_as_a_whole_pass_at_its_fires() -> None:
     scores = validate(model, tokens)
     assert list(scores) == ["full", "three_quarters", "half", "quarter", "floor"]
     density = model.analyse(inputs).numpy()
-    for name, rate in SHARES.items():
+    for name, share in SHARES.items():
+        rate = float(share)
         fires = torch.ones_like(inputs, dtype=torch.bool)
         if rate < 1.0:
             fires = torch.from_numpy(choose_fires(model.tiles, density, Reduced(rate, False, None, 0.0)))
