@@ -157,21 +157,17 @@ def fit_density(training: Tensor, held_out: Tensor, weight: float) -> dict[str, 
     optimizer = torch.optim.Adam(model.density.parameters(), lr=0.03)
     for _ in range(200):
         optimizer.zero_grad()
-        features, *measured = parts[0]
+        features, worth, stale, fires = parts[0]
         density = model.density.combine(features)
-        loss = 0.1 * density_regression(model, density, measured[0], measured[1], measured[2]) + weight * compute_error(
-            model, density, RATE
-        )
-        loss.backward()
+        regression = density_regression(model, density, worth, stale, fires)
+        (0.1 * regression + weight * compute_error(model, density, RATE)).backward()
         optimizer.step()
     with torch.no_grad():
-        features, *measured = parts[1]
+        features, worth, stale, fires = parts[1]
         density = model.density.combine(features)
         return {
             "expected compute, RMS error over texts": float(compute_error(model, density, RATE).sqrt()),
-            "density regression (bits^2)": float(
-                density_regression(model, density, measured[0], measured[1], measured[2])
-            ),
+            "density regression (bits^2)": float(density_regression(model, density, worth, stale, fires)),
         }
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.adaptive.tiling import Pace, TileManager, accrue
+from model.cost import Flops
 from model.lm import AdaptiveAttentionSystem, Encoded, Entrance
 from model.ops.tiling import Bytes, Floats, staleness_table
 from model.state import DensityState, ModelState
@@ -67,7 +68,18 @@ class PieceAnalysis:
     """Per plan [L] bits lost to a stale trunk; 0 where it fires."""
 
 
-def placed_stage(model: AdaptiveAttentionSystem, plan: TilingPlan) -> int:
+def analysis_flops(model: AdaptiveAttentionSystem, plans: Iterable[TilingPlan], positions: int) -> Flops:
+    """Operations of :func:`analyse_piece`: encoder, the density of each stage placed, stages below the highest."""
+    cost, depths = model.cost, model.config.depths
+    placed = {0} | {_placed_stage(model, plan) for plan in plans}
+    return Flops(
+        encoder=positions * cost.unit.encoder,
+        density=positions * sum(cost.density(depths[stage]) for stage in placed),
+        trunk=positions * cost.below(depths[max(placed)]),
+    )
+
+
+def _placed_stage(model: AdaptiveAttentionSystem, plan: TilingPlan) -> int:
     """The stage of the trunk whose density a plan reads; the first where it reads none."""
     return model.config.stage(plan.depth) if model.cost.analysed(plan.rate) else 0
 
@@ -102,17 +114,17 @@ def analyse_piece(
     before = state.density
     features, state.density = model.features(encoded, before)
     density = model.density.smooth(model.density.combine(features), before, state.density)[0]
-    highest = max((placed_stage(model, plan) for plan in plans), default=0)
+    highest = max((_placed_stage(model, plan) for plan in plans), default=0)
     reading = replace(state, depth=torch.full_like(state.depth, model.config.depths[highest]))
     entrances = model.enter(encoded.hidden, reading)
     state.trunk = reading.trunk
     densities, tilings = {0: density}, []
     for stage in range(1, highest + 1):
-        placing = [plan for plan in plans if placed_stage(model, plan) == stage]
+        placing = [plan for plan in plans if _placed_stage(model, plan) == stage]
         if placing:
             densities[stage] = _density(model, encoded, entrances[stage], placing)
     for plan in plans:
-        stage = placed_stage(model, plan)
+        stage = _placed_stage(model, plan)
         tilings.append(plan.advance(model.placements()[stage][1], densities[stage]))
     return PieceAnalysis(
         density=density,

@@ -767,10 +767,11 @@ def read_waiting(
             together[starts[i] : starts[i + 1]] = codes[row, : waiting[row]]
             waiting[row] = 0
         if len(some):
+            places, sizes = rows[some], columns[some]
             for i in range(first, last):
                 levels, _, conv, per_head = blocks[i][:4]
                 _read_codes(
-                    rows[some], starts, together, columns[some], propagations[i], levels, conv, per_head,
+                    places, starts, together, sizes, propagations[i], levels, conv, per_head,
                     *blocks[i][8:10], *blocks[i][12:],
                 )  # fmt: skip
         first = last
@@ -818,6 +819,12 @@ def _gather(values: Singles, index: Integers) -> Singles:  # pragma: no cover - 
 
 
 @njit(cache=True, nogil=True)
+def _project_between(x: Singles, matrix: Matrix) -> Singles:  # pragma: no cover - compiled
+    """``x`` from one width to the other, itself where the widths are equal and there is no matrix."""
+    return project_rows(x, matrix) if matrix[0].shape[0] else x
+
+
+@njit(cache=True, nogil=True)
 def _run_stage(
     index: Integers,
     log_stretch: Singles,
@@ -836,10 +843,10 @@ def _run_stage(
         up: [d_model, d_trunk], empty where the widths are equal. All others as in :func:`decode_rows`.
     """
     left, trace = entered.copy(), _no_trace()
+    places, sizes = rows[index], columns[index]
     for i in range(first, last):
-        block_rows(rows[index], left, log_stretch, columns[index], False, trace, *blocks[i])
-    update = left - entered
-    return left, project_rows(update, up) if up[0].shape[0] else update
+        block_rows(places, left, log_stretch, sizes, False, trace, *blocks[i])
+    return left, _project_between(left - entered, up)
 
 
 @njit(cache=True, nogil=True)
@@ -865,11 +872,7 @@ def enter_rows(
         some = np.flatnonzero(depth > depths[k])
         if not len(some):
             break
-        if k == 0:
-            entered = _gather(hidden, some)
-            entered = project_rows(entered, down) if down[0].shape[0] else entered
-        else:
-            entered = _gather(left, some)
+        entered = _project_between(_gather(hidden, some), down) if k == 0 else _gather(left, some)
         stretch = np.zeros(len(some), np.float32)
         after, update = _run_stage(some, stretch, entered, rows, columns, first, depths[k], blocks, ups[k])
         for i, row in enumerate(some):
@@ -948,7 +951,7 @@ def decode_rows(
         index = np.flatnonzero(fired & (depth == last))
         if len(index):
             entered = _gather(given, index)
-            entered = project_rows(entered, down) if k == 0 and down[0].shape[0] else entered
+            entered = _project_between(entered, down) if k == 0 else entered
             stretch = np.zeros(len(index), np.float32)
             if not propagates:
                 for i, row in enumerate(index):

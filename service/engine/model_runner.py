@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.cost import CostModel, Flops
-from model.evaluation.tilings import TilingPlan, analyse_piece, placed_stage
+from model.evaluation.tilings import TilingPlan, analyse_piece, analysis_flops
 from model.lm import AdaptiveAttentionSystem
 from model.ops.parallel import set_loop_threads
 from model.state import ModelState
@@ -209,14 +209,8 @@ class ModelRunner:
 
     def _analyse(self, tokens: Tensor, state: ModelState, plans: tuple[TilingPlan, ...]) -> Outcome:
         """Encoder and density of a block, and its tiles under each plan."""
-        positions, cost = tokens.shape[1], self.cost
-        depths = self._model.config.depths
-        placed = {0} | {placed_stage(self._model, plan) for plan in plans}
-        flops = Flops(
-            encoder=positions * cost.unit.encoder,
-            density=positions * sum(cost.density(depths[stage]) for stage in placed),
-            trunk=positions * cost.below(depths[max(placed)]),
-        )
+        positions = tokens.shape[1]
+        flops = analysis_flops(self._model, plans, positions)
         # This work has no resolution to save at: what it costs is its full cost.
         return Outcome(
             Phase.PREFILL, positions, flops, flops.total, analysis=analyse_piece(self._model, tokens, state, plans)
