@@ -26,7 +26,7 @@ from model.training.calibration import calibrate
 from model.training.cli import sampling_weights
 from model.training.config import TrainingConfig
 from model.training.data import Corpus
-from model.training.loss import clamped_bits, cross_entropy, floor_cost, mean_ahead
+from model.training.loss import clamped_bits, cross_entropy, floor_logits, mean_ahead
 
 READ = 16
 """Sequences read at once."""
@@ -134,7 +134,7 @@ def read_evidence(model: AdaptiveAttentionSystem, tokens: Tensor, foresight: int
     encoded = model.encode(inputs, model.allocate_state(len(inputs)).encoder)
     features, _ = model.features(encoded, model.density.zero_state(len(inputs), tokens.device))
     outputs, entrances = model.combine_everywhere(encoded.hidden)
-    costs = [floor_cost(model, encoded, targets)]
+    costs = [cross_entropy(floor_logits(model, encoded), targets)]
     costs += [cross_entropy(model.head(output), targets) for output in outputs]
     evidence = []
     for entrance, (below, here) in zip(entrances, pairwise(costs), strict=True):

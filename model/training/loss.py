@@ -54,14 +54,22 @@ def compute_loss(
     loss = Loss(full.mean(), {"full": full.mean().item() / math.log(2.0)})
     if reduced is None:
         return loss
+
+    def taught(logits: Tensor, cost: Tensor) -> Tensor:
+        """Mean loss of a pass below full resolution, whose prediction is a part of what it is to learn."""
+        if not config.distillation:
+            return cost.mean()
+        return torch.lerp(cost.mean(), divergence(logits, full_logits), config.distillation)
+
     task = config.full_weight * full.mean()
     if len(fresh) > 1:
-        shallow = torch.stack([cost.mean() for cost in fresh[:-1]]).mean()
-        task = task + config.shallow_weight * shallow
-        loss.bits["shallow"] = shallow.item() / math.log(2.0)
+        below = list(zip(everywhere[:-1], fresh[:-1], strict=True))
+        task = task + config.shallow_weight * torch.stack([taught(*one) for one in below]).mean()
+        loss.bits["shallow"] = torch.stack([cost.mean() for _, cost in below]).mean().item() / math.log(2.0)
     if reduced.ends_only:
-        floor = floor_cost(model, encoded, targets)
-        loss.total = (task + config.floor_weight * floor.mean()) / config.fixed_weight
+        at_floor = floor_logits(model, encoded)
+        floor = cross_entropy(at_floor, targets)
+        loss.total = (task + config.floor_weight * taught(at_floor, floor)) / config.fixed_weight
         loss.bits["floor"] = floor.mean().item() / math.log(2.0)
         return loss
 
@@ -76,8 +84,9 @@ def compute_loss(
     logits = model.head(output)
     cost = cross_entropy(logits, targets)
     with torch.set_grad_enabled(config.floor_weight > 0.0):
-        floor = cost if reduced.rate == 0 and not stage else floor_cost(model, encoded, targets)
-    task = task + config.floor_weight * floor.mean() + (1.0 - config.fixed_weight) * cost.mean()
+        at_floor = logits if reduced.rate == 0 and not stage else floor_logits(model, encoded)
+        floor = cross_entropy(at_floor, targets)
+    task = task + config.floor_weight * taught(at_floor, floor) + (1.0 - config.fixed_weight) * cost.mean()
     information = divergence(logits, full_logits) + density_regression(
         model,
         density,
@@ -124,11 +133,11 @@ def _analyse(
     return density, smoothed
 
 
-def floor_cost(model: AdaptiveAttentionSystem, encoded: Encoded, targets: Tensor) -> Tensor:
-    """Cross entropy in nats [B, L] of texts from their start, the trunk run nowhere."""
-    fires = torch.zeros_like(targets, dtype=torch.bool)
-    state = model.allocate_state(len(targets), depth=model.config.depths[0])
-    return cross_entropy(model.head(model.combine(encoded.hidden, fires, state, propagate=False)), targets)
+def floor_logits(model: AdaptiveAttentionSystem, encoded: Encoded) -> Tensor:
+    """Logits [B, L, V] of texts from their start, the trunk run nowhere."""
+    fires = torch.zeros(encoded.hidden.shape[:2], dtype=torch.bool, device=encoded.hidden.device)
+    state = model.allocate_state(len(fires), depth=model.config.depths[0])
+    return model.head(model.combine(encoded.hidden, fires, state, propagate=False))
 
 
 def divergence(logits: Tensor, full_logits: Tensor) -> Tensor:

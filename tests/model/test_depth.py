@@ -259,6 +259,38 @@ def test_smaller_depths_have_their_share_of_the_loss() -> None:
     assert all(up.weight.grad.any() for up in system.router.shallow_up.values())
 
 
+def test_floor_and_smaller_depths_learn_from_full_resolution() -> None:
+    system, tokens = random_model(SHALLOW).requires_grad_(True).train(), random_tokens(2, 65)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].flatten()
+    never = torch.zeros_like(inputs, dtype=torch.bool)
+    with torch.no_grad():
+        full, one, two = (system(inputs, depth=depth).flatten(0, 1).softmax(-1) for depth in (None, 1, 2))
+        floor = system(inputs, never, depth=1).flatten(0, 1).softmax(-1)
+
+    def cross(mine: torch.Tensor) -> float:
+        return -mine.log()[torch.arange(len(targets)), targets].mean().item()
+
+    def mixed(mine: torch.Tensor) -> float:
+        return 0.75 * cross(mine) + 0.25 * (full * (full.log() - mine.log())).sum(-1).mean().item()
+
+    config = TrainingConfig(
+        full_weight=0.3, shallow_weight=0.2, floor_weight=0.3, distillation=0.25,
+        lambda_info=0.0, exit_weight=0.0, lambda_compute=0.0,
+    )  # fmt: skip
+    expected = 0.3 * cross(full) + 0.2 * (mixed(one) + mixed(two)) / 2 + 0.3 * mixed(floor)
+    reduced = Reduced(0.5, uniform=True, d_state=None, momentum=0.1, depth=2)
+    loss = compute_loss(system, tokens, reduced, config)
+    assert loss.total.item() == pytest.approx(expected + 0.2 * loss.bits["reduced"] * np.log(2.0), rel=1e-5)
+    ends = replace(reduced, rate=0.0, ends_only=True)
+    assert compute_loss(system, tokens, ends, config).total.item() == pytest.approx(expected / 0.8, rel=1e-5)
+
+    # The teacher is taken as it is: a floor that only follows it leaves the trunk alone.
+    alone = TrainingConfig(full_weight=0.0, floor_weight=1.0, distillation=1.0, lambda_info=0.0)
+    compute_loss(system, tokens, ends, alone).total.backward()
+    assert all(weight.grad is None or not weight.grad.any() for weight in system.trunk.parameters())
+    assert all(weight.grad is not None and weight.grad.any() for weight in system.decoder[0].mixer.in_proj.parameters())
+
+
 def test_reduced_passes_draw_depths_as_configured() -> None:
     drawn = [sample_reduced(TrainingConfig(shallow_share=0.4), SHALLOW, step).depth for step in range(2000)]
     assert [drawn.count(depth) / 2000 for depth in (1, 2, None)] == pytest.approx([0.2, 0.2, 0.6], abs=0.04)
