@@ -104,6 +104,11 @@ class ModelConfig(StrictModel):
         """Numbers of blocks that the trunk can run with, all of them last."""
         return (*self.shallow_depths, self.trunk_layers)
 
+    @property
+    def shallow_shares(self) -> tuple[float, ...]:
+        """Shares of the smaller depths in one figure for all of them: in proportion to their blocks."""
+        return tuple(depth / sum(self.shallow_depths) for depth in self.shallow_depths)
+
     def stage(self, depth: int | None) -> int:
         """Number of the stage, from 0, that ends after ``depth`` blocks; None for all of them."""
         return len(self.shallow_depths) if depth is None else self.depths.index(depth)

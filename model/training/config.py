@@ -38,7 +38,8 @@ class TrainingConfig(StrictModel):
     """Share of the full-resolution loss; what full resolution, smaller depths and floor leave belongs to a reduced pass
     over the same bytes."""
     shallow_weight: float = Field(default=0.0, ge=0, le=1)
-    """Share of the loss of a trunk that runs everywhere but ends at a smaller depth, in every step; depths share it."""
+    """Share of the loss of a trunk that runs everywhere but ends at a smaller depth, in every step; depths share it in
+    proportion to their blocks, since a deeper one has more to lose."""
     floor_weight: float = Field(default=0.0, ge=0, le=1)
     """Share of the loss of a pass whose trunk never fires, in every step."""
     distillation: float = Field(default=0.0, ge=0, le=1)
@@ -55,7 +56,8 @@ class TrainingConfig(StrictModel):
     level_share: float = Field(default=0.2, ge=0, le=1)
     """Share of reduced passes that run at a smaller state size."""
     shallow_share: float = Field(default=0.5, ge=0, le=1)
-    """Share of reduced passes that place a stage below the last, where there is one."""
+    """Share of reduced passes that place a stage below the last, where there is one; of several, each in proportion to
+    its own blocks."""
     # Drawn uniformly: drawn uniformly by logarithm, middle budgets were hardly better than the floor.
     lowest_rate: float = Field(default=1 / 64, gt=0, le=1)
     """Of the other reduced passes."""

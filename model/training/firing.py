@@ -43,7 +43,8 @@ def sample_reduced(config: TrainingConfig, shape: ModelConfig, step: int) -> Red
     rate = 0.0 if floor < config.floor_share else low + where * (high - low)
     depth = None
     if shape.shallow_depths and random.random() < config.shallow_share:
-        depth = int(random.choice(shape.shallow_depths))
+        blocks = np.diff(shape.shallow_depths, prepend=0)
+        depth = int(random.choice(shape.shallow_depths, p=blocks / blocks.sum()))
     momentum = max(0.02, 1.0 / (step - config.first_reduced + 1))
     return Reduced(rate, uniform < config.uniform_share, d_state, momentum, depth=depth)
 

@@ -63,9 +63,9 @@ def compute_loss(
 
     task = config.full_weight * full.mean()
     if len(fresh) > 1:
-        below = list(zip(everywhere[:-1], fresh[:-1], strict=True))
-        task = task + config.shallow_weight * torch.stack([taught(*one) for one in below]).mean()
-        loss.bits["shallow"] = torch.stack([cost.mean() for _, cost in below]).mean().item() / math.log(2.0)
+        below = list(zip(model.config.shallow_shares, everywhere, fresh, strict=False))
+        task = task + config.shallow_weight * sum(share * taught(logits, cost) for share, logits, cost in below)
+        loss.bits["shallow"] = sum(share * cost.mean().item() for share, _, cost in below) / math.log(2.0)
     if reduced.ends_only:
         at_floor = floor_logits(model, encoded)
         floor = cross_entropy(at_floor, targets)

@@ -25,7 +25,8 @@ SHARES = {
 """Of the trunk's blocks, how many run per byte, by name."""
 
 SCORES = ("full", "shallow", *list(SHARES)[1:])
-"""What is scored: those, and smaller depths with the trunk run everywhere, their mean; of a model that has them."""
+"""What is scored: those, and smaller depths with the trunk run everywhere, weighed as in training; of a model that has
+them."""
 
 ROWS = 4
 """Sequences that are run together: it bounds the memory."""
@@ -42,9 +43,9 @@ def validate(model: AdaptiveAttentionSystem, tokens: Tensor, *, plain: bool = Fa
     shallow = model.config.shallow_depths
     scores = {"full": bits_at(model, tokens, np.empty(0), None, [1.0])[0]}
     if not plain:
-        for depth in shallow:
+        for depth, part in zip(shallow, model.config.shallow_shares, strict=True):
             everywhere = bits_at(model, tokens, np.empty(0), depth, [1.0])[0]
-            scores["shallow"] = scores.get("shallow", 0.0) + everywhere / len(shallow)
+            scores["shallow"] = scores.get("shallow", 0.0) + part * everywhere
         at = {name: model.cost.at_share(share) for name, share in SHARES.items() if share < 1.0}
         stages: tuple[int | None, ...] = (*shallow, None)
         for stage in stages:
