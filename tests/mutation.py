@@ -252,6 +252,15 @@ MUTATIONS = (
         "(fresh[stage - 1] if stage else floor).detach()", "floor.detach()", ("tests/model/test_depth.py",),
     ),
     Mutation(
+        "full resolution learns from what it is to teach", "model/training/loss.py",
+        "full_logits.detach()", "full_logits", ("tests/model/test_depth.py",),
+    ),
+    Mutation(
+        "smaller depths draw reduced passes alike, whatever their blocks", "model/training/firing.py",
+        "random.choice(shape.shallow_depths, p=blocks / blocks.sum())", "random.choice(shape.shallow_depths)",
+        ("tests/model/test_depth.py",),
+    ),
+    Mutation(
         "a resize in mid-prompt does not reach the stages that run everywhere", SYSTEM,
         "if d_state is not None and below.stop:", "if False:", ("tests/parity/test_resolutions.py",),
     ),
