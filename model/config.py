@@ -39,6 +39,9 @@ class ModelConfig(StrictModel):
     """Numbers of blocks, below ``trunk_layers``, after which the trunk may end: they cut it into stages, of which one
     runs at some bytes once those below it run at all. Each stage has a density of its own."""
     decoder_layers: int = Field(default=1, ge=0, le=64)
+    own_decoders: bool = False
+    """Whether each stage of the trunk has a decoder of its own, of so many layers, for when it is placed: more weights,
+    but no more operations."""
     expand: Positive = 2
     headdim: Positive = 64
     d_state: Positive = 64
@@ -85,6 +88,8 @@ class ModelConfig(StrictModel):
             raise ValueError("density_measured must be off where there are shallow_depths: only the first stage could")
         if len(depths) > 1 and not self.propagation_rank:
             raise ValueError("propagation_rank must be above 0 where there are shallow_depths")
+        if self.own_decoders and not (self.shallow_depths and self.decoder_layers):
+            raise ValueError("own_decoders needs shallow_depths, and decoder_layers above 0")
         if not self.min_tile_size <= self.max_tile_size <= self.block_size:
             raise ValueError(
                 f"tile sizes must satisfy min_tile_size = {self.min_tile_size} <= max_tile_size = "

@@ -40,7 +40,6 @@ class System(Protocol):
     embedding: nn.Embedding
     encoder: nn.ModuleList
     trunk: nn.ModuleList
-    decoder: nn.ModuleList
     density: InformationDensityAnalyzer
     tiles: TileManager
     router: CrossScaleRouter
@@ -50,6 +49,9 @@ class System(Protocol):
 
     def placements(self) -> list[tuple[InformationDensityAnalyzer, TileManager]]:
         """What places each stage of the trunk."""
+
+    def decoders(self) -> list[nn.ModuleList]:
+        """What follows the trunk: one for all stages, or one for each."""
 
     @property
     def head_weight(self) -> Tensor:
@@ -66,7 +68,8 @@ class SystemViews:
     encoder: tuple[AdaptiveMambaBlock, ...]
     """The blocks themselves, which have views of their own."""
     trunk: tuple[AdaptiveMambaBlock, ...]
-    decoder: tuple[AdaptiveMambaBlock, ...]
+    decoders: tuple[tuple[AdaptiveMambaBlock, ...], ...]
+    """One for all stages of the trunk, or one for each."""
     embedding: Any
     """[V, d_model]."""
     head: Matrix
@@ -101,14 +104,14 @@ def make_views(system: System) -> SystemViews:
     def matrix(linear: nn.Linear | None) -> Matrix:
         return NO_MATRIX if linear is None else readable(linear.weight, frozen=not system.training)
 
-    stacks = (system.encoder, system.trunk, system.decoder)
-    encoder, trunk, decoder = (tuple(cast(AdaptiveMambaBlock, block) for block in stack) for stack in stacks)
+    stacks = (system.encoder, system.trunk, *system.decoders())
+    encoder, trunk, *decoders = (tuple(cast(AdaptiveMambaBlock, block) for block in stack) for stack in stacks)
     router = system.router
     read, last = [block.mixer.propagation for block in trunk], encoder[-1].mixer
     return SystemViews(
         encoder=encoder,
         trunk=trunk,
-        decoder=decoder,
+        decoders=tuple(decoders),
         embedding=array(system.embedding.weight),
         head=readable(system.head_weight, frozen=not system.training),
         exit_norm=(array(system.exit_norm.weight), system.exit_norm.eps),
@@ -151,8 +154,12 @@ def step_plain(system: System, tokens: Tensor, state: ModelState, rates: Tensor,
             _step_stage(system, stage, of_stage, hidden, trace, state, rates, rows, fired, outer)
     advance(router, fired, rates)
     output = outer + system.router.fade(router.held, router.positions - router.last_fire)
-    if len(system.decoder):
-        output, _ = _run(system.decoder, output, state.decoder, rows, None, full)
+    decoders = system.decoders()
+    for decoder, depth in zip(decoders, system.config.depths, strict=False):
+        some = (torch.ones_like(fired) if len(decoders) == 1 else state.depth == depth).nonzero().squeeze(-1)
+        if len(decoder) and len(some):
+            read, _ = _run(decoder, output[some], state.decoder, rows[some], None, full[some])
+            output = output.index_copy(0, some, read)
     return StepOutput(nn.functional.linear(system.final_norm(output), system.head_weight), fired)
 
 
@@ -258,8 +265,9 @@ def step_compiled(system: System, tokens: Tensor, state: ModelState, rates: Tens
             fired[some] = tiles.fire_rows(density, wanted, router, some)
     kept = (router.held, router.last_fire, router.fires, router.quota, router.positions, router.codes, router.waiting)
     logits = decode_rows(
-        fired, wanted, hidden, left, places, columns, depth, views.depths, later, views.propagations, views.codes,
-        views.down, views.ups, views.raw_fading, *views.final_norm, views.head, *(value.numpy() for value in kept),
+        fired, wanted, hidden, left, places, columns, depth, views.depths, later, len(views.decoders),
+        views.propagations, views.codes, views.down, views.ups, views.raw_fading, *views.final_norm, views.head,
+        *(value.numpy() for value in kept),
     )  # fmt: skip
     return StepOutput(torch.from_numpy(logits), torch.from_numpy(fired))
 
@@ -280,8 +288,9 @@ def _all_rows(count: int) -> Any:
 
 
 def _later(views: SystemViews, state: ModelState) -> tuple[tuple[Any, ...], ...]:
-    """Trunk and decoder, with their states."""
-    return _with_states(views.trunk, state.trunk) + _with_states(views.decoder, state.decoder)
+    """Trunk and decoders, with their states; decoders share theirs, since a sequence has one of them."""
+    decoders = [block for decoder in views.decoders for block in _with_states(decoder, state.decoder)]
+    return (*_with_states(views.trunk, state.trunk), *decoders)
 
 
 def _with_states(blocks: tuple[AdaptiveMambaBlock, ...], states: tuple[BlockState, ...]) -> tuple[tuple[Any, ...], ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -101,6 +102,8 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         later = config.shallow_depths
         self.later_density = nn.ModuleList(InformationDensityAnalyzer(config, config.d_trunk) for _ in later)
         self.later_tiles = nn.ModuleList(TileManager(config) for _ in later)
+        # They begin alike, since all begin with the same work.
+        self.later_decoders = nn.ModuleList(deepcopy(self.decoder) for _ in later if config.own_decoders)
         self.gradient_checkpointing = False
         """Whether a pass that will be differentiated keeps only what goes in and out of each block."""
 
@@ -125,6 +128,14 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         """What places each stage of the trunk."""
         later = zip(self.later_density, self.later_tiles, strict=True)
         return [(self.density, self.tiles), *cast("list[tuple[InformationDensityAnalyzer, TileManager]]", list(later))]
+
+    def decoders(self) -> list[nn.ModuleList]:
+        """What reads the sum of what the stages add: one for all sequences, or one for each stage that is placed."""
+        return [self.decoder, *cast("list[nn.ModuleList]", list(self.later_decoders))]
+
+    def _decoder(self, stage: int) -> nn.ModuleList:
+        """The blocks that follow where ``stage`` is placed."""
+        return self.decoders()[stage if self.config.own_decoders else 0]
 
     def allocate_state(self, batch: int, *, d_state: int | None = None, depth: int | None = None) -> ModelState:
         """The state of ``batch`` sequences that have read nothing, the trunk's at ``d_state`` columns (default all).
@@ -178,7 +189,8 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         """Run ``depth`` blocks of the trunk from here on, in every row; bytes that wait are read as before.
 
         Blocks that did not run have read nothing: they go on from where they stood. What was held, when the trunk last
-        fired and what was smoothed are another stage's: unless all rows are there already, they begin anew.
+        fired, what was smoothed, and the states of decoders where each stage has its own are another stage's: unless
+        all rows are there already, they begin anew.
 
         Raises:
             ValueError: the depth is not one of the model's.
@@ -192,6 +204,8 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         state.density = self.density.zero_state(len(state.depth), self.device)
         router, held = state.router, torch.zeros_like(state.router.held)
         state.router = replace(router, held=held, last_fire=torch.zeros_like(router.last_fire))
+        if self.config.own_decoders:
+            state.decoder = tuple(block.map(torch.zeros_like) for block in state.decoder)
 
     def settle(self, state: ModelState) -> None:
         """Let the trunk's states read what they have put off, so that they are up to date; replaces them if need be."""
@@ -291,7 +305,7 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
             else:
                 updates = hidden[:, :0]
             spread = self.router.hold(updates, fires, router)
-        output, state.decoder, _ = self._run(self.decoder, given.hidden + spread, state.decoder)
+        output, state.decoder, _ = self._run(self._decoder(given.stage), given.hidden + spread, state.decoder)
         return output
 
     def combine_everywhere(self, hidden: Tensor) -> tuple[list[Tensor], list[Entrance]]:
@@ -309,7 +323,8 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         entrances = self.enter(hidden, state)
         last = self._run_stage(entrances[-1].inputs, entrances[-1].stage, None, None, state)
         sums = [*(entrance.hidden for entrance in entrances[1:]), entrances[-1].hidden + last]
-        return [self._run(self.decoder, one, state.decoder)[0] for one in sums], entrances
+        read = [self._run(self._decoder(stage), one, state.decoder)[0] for stage, one in enumerate(sums)]
+        return read, entrances
 
     def _run_stage(
         self,

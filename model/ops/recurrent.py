@@ -905,6 +905,7 @@ def decode_rows(
     depth: Integers,
     depths: Integers,
     blocks: tuple[Any, ...],
+    decoders: int,
     propagations: tuple[Matrix, ...],
     code: tuple[Matrix, ...],
     down: Matrix,
@@ -928,7 +929,8 @@ def decode_rows(
         hidden: [n, d_model] encoder outputs and what the stages below add. left: [n, d_trunk], of :func:`enter_rows`;
             not read of rows in the first stage.
         depth: [n] blocks of the trunk that run. depths: those that there are, rising.
-        blocks: a tuple for each block of trunk and decoder, as of :func:`encode_rows`.
+        blocks: a tuple for each block of trunk and decoders, as of :func:`encode_rows`.
+        decoders: how many, each of as many blocks: one for all rows, or one for each stage.
         propagations: a matrix [x B C | dt, r] for each block of the trunk, and code: [r, D] for each stage; empty where
             the states do not read what the trunk skips.
         down: [d_trunk, d_model] of the router, and ups: [d_model, d_trunk] for each stage; empty where the widths are
@@ -961,8 +963,13 @@ def decode_rows(
                 held[row] = update[i]
         first = last
     output = hold_rows(fired, rates, hidden, raw_fading, held, last_fire, fires, quota, positions)
-    stretch = np.zeros(len(rows), np.float32)
-    for i in range(depths[-1], len(blocks)):
-        full = np.full(len(rows), blocks[i][-1].shape[3])
-        block_rows(rows, output, stretch, full, False, trace, *blocks[i])
+    each = (len(blocks) - depths[-1]) // decoders
+    for k in range(decoders):
+        index = np.flatnonzero(depth == depths[k]) if decoders > 1 else np.arange(len(rows))
+        if each and len(index):
+            read, places, stretch = _gather(output, index), rows[index], np.zeros(len(index), np.float32)
+            for i in range(depths[-1] + k * each, depths[-1] + (k + 1) * each):
+                block_rows(places, read, stretch, np.full(len(index), blocks[i][-1].shape[3]), False, trace, *blocks[i])
+            for i, row in enumerate(index):
+                output[row] = read[i]
     return project_rows(norm_rows(output, final_norm, eps), head)

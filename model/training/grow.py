@@ -37,6 +37,8 @@ def grow(plain: AdaptiveAttentionSystem, config: ModelConfig) -> AdaptiveAttenti
             model.get_submodule(name).load_state_dict(plain.get_submodule(name).state_dict())
     except (RuntimeError, AttributeError) as error:
         raise TrainingError(f"the model to grow has another shape outside the trunk: {error}") from error
+    for later in model.decoders()[1:]:
+        later.load_state_dict(model.decoder.state_dict())
     with torch.no_grad():
         for parameter in _exits(model):
             parameter.zero_()

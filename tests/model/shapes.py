@@ -40,6 +40,9 @@ PROPAGATING = UNMEASURED.model_copy(update={"propagation_rank": 6, "window_size"
 SHALLOW = PROPAGATING.model_copy(update={"trunk_layers": 3, "shallow_depths": (1, 2)})
 """The trunk may end after its first or second block: it has three stages."""
 
+OWN_DECODERS = SHALLOW.model_copy(update={"own_decoders": True})
+"""Each of its stages has a decoder of its own."""
+
 _AT_REST = (
     "tile_exponent", "level_scale", "conv_bias", "D", "dt_bias", "inner_bias", "outer", "propagation.weight",
 )  # fmt: skip
@@ -54,6 +57,8 @@ def random_model(config: ModelConfig = SMALL, seed: int = 0) -> AdaptiveAttentio
         for name, parameter in model.named_parameters():
             if name.endswith(("in_proj.weight", "out_proj.weight")):
                 parameter.mul_(3)
+                if name.startswith("later_decoders"):  # they begin alike
+                    parameter.add_(0.1 * torch.randn_like(parameter))
             elif name.endswith(_AT_REST) or "fold" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
         levels = torch.tensor([1.0 - rate for rate in RATES[:-1]]) * 0.98

@@ -12,14 +12,18 @@ from pydantic import ValidationError
 
 from model.config import ModelConfig
 from model.cost import CostModel
+from model.lm import AdaptiveAttentionSystem
 from model.training.config import TrainingConfig
 from model.training.firing import Reduced, choose_fires, sample_reduced
 from model.training.loss import compute_loss
 from model.training.validation import validate
-from tests.model.shapes import SHALLOW, random_model, random_tokens, without_compiled_code
+from tests.model.shapes import OWN_DECODERS, SHALLOW, random_model, random_tokens, without_compiled_code
 
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 COST = CostModel(SHALLOW)
+
+
+DECODERS = pytest.mark.parametrize("shape", [SHALLOW, OWN_DECODERS], ids=["one decoder", "own decoders"])
 
 
 @pytest.mark.parametrize(
@@ -29,6 +33,8 @@ COST = CostModel(SHALLOW)
         ({"shallow_depths": (1, 3)}, "must rise strictly and end below 3"),
         ({"density_measured": True}, "density_measured must be off"),
         ({"propagation_rank": 0}, "propagation_rank must be above 0"),
+        ({"own_decoders": True, "decoder_layers": 0}, "own_decoders needs shallow_depths, and decoder_layers above 0"),
+        ({"own_decoders": True, "shallow_depths": ()}, "own_decoders needs shallow_depths"),
     ],
 )
 def test_depths_that_make_no_sense_are_refused(change: dict[str, object], message: str) -> None:
@@ -72,8 +78,11 @@ def test_what_waits_is_read_by_the_blocks_that_ran_then(monkeypatch: pytest.Monk
     torch.testing.assert_close(mine, read(at_once), **CLOSE)
 
 
-def test_rows_of_other_depths_step_alike_by_tensor_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokens = random_model(SHALLOW), random_tokens(5, 40)
+@DECODERS
+def test_rows_of_other_depths_step_alike_by_tensor_operations(
+    monkeypatch: pytest.MonkeyPatch, shape: ModelConfig
+) -> None:
+    model, tokens = random_model(shape), random_tokens(5, 40)
     rates = torch.tensor([1.0, 0.4, 0.1, 0.7, 1.0], dtype=torch.float64)
     outputs = []
     for _ in range(2):
@@ -84,8 +93,9 @@ def test_rows_of_other_depths_step_alike_by_tensor_operations(monkeypatch: pytes
     torch.testing.assert_close(*outputs, **CLOSE)
 
 
-def test_all_depths_at_once_are_each_of_them() -> None:
-    model, tokens = random_model(SHALLOW).requires_grad_(True), random_tokens(2, 50)
+@DECODERS
+def test_all_depths_at_once_are_each_of_them(shape: ModelConfig) -> None:
+    model, tokens = random_model(shape).requires_grad_(True), random_tokens(2, 50)
     hidden = model.encode(tokens, model.allocate_state(2).encoder).hidden
     outputs, entrances = model.combine_everywhere(hidden)
     for depth, output in zip(SHALLOW.depths, outputs, strict=True):
@@ -97,10 +107,14 @@ def test_all_depths_at_once_are_each_of_them() -> None:
         torch.testing.assert_close(model.head(given), model(tokens, fires, depth=SHALLOW.depths[stage]), **CLOSE)
 
 
-@pytest.mark.parametrize("width", [32, 48], ids=["equal widths", "projected"])
-def test_a_stage_fires_from_what_those_below_it_leave(width: int) -> None:
+@pytest.mark.parametrize(
+    "shape",
+    [SHALLOW, SHALLOW.model_copy(update={"d_trunk": 48}), OWN_DECODERS],
+    ids=["equal widths", "projected", "own decoders"],
+)
+def test_a_stage_fires_from_what_those_below_it_leave(shape: ModelConfig) -> None:
     """Against the design, written out: a stage's update is held and fades, those below it run at every byte."""
-    model, tokens = random_model(SHALLOW.model_copy(update={"d_trunk": width})), random_tokens(1, 60)
+    model, tokens = random_model(shape), random_tokens(1, 60)
     fires = random_tokens(1, 60, seed=5) % 3 == 0
     router, state = model.router, model.allocate_state(1)
     with torch.no_grad():
@@ -122,7 +136,7 @@ def test_a_stage_fires_from_what_those_below_it_leave(width: int) -> None:
                 model.trunk[2].mixer.propagate(codes[:, t], last, rows, torch.tensor([16]))
                 age += 1
             sums[:, t] += router.fade(held, torch.tensor([age]))
-        for block, block_state in zip(model.decoder, state.decoder, strict=True):
+        for block, block_state in zip(model.decoders()[-1], state.decoder, strict=True):
             sums = block(sums, block_state)[0]
         torch.testing.assert_close(model(tokens, fires), model.head(sums), **CLOSE)
 
@@ -156,6 +170,41 @@ def test_another_depth_holds_nothing_of_the_one_before() -> None:
     assert not state.router.last_fire.any(), "the new stage has never run"
     assert level.any()
     assert not state.density.level.any()
+
+
+def test_a_decoder_of_its_own_reads_where_its_stage_is_placed() -> None:
+    model, tokens = random_model(OWN_DECODERS), random_tokens(1, 40)
+    fires = random_tokens(1, 40, seed=3) % 3 == 0
+    before = [model(tokens, fires, depth=depth) for depth in OWN_DECODERS.depths]
+    with torch.no_grad():
+        for parameter in model.later_decoders[0].parameters():
+            parameter.mul_(0.5)
+    after = [model(tokens, fires, depth=depth) for depth in OWN_DECODERS.depths]
+    assert [torch.equal(*pair) for pair in zip(before, after, strict=True)] == [True, False, True]
+
+
+def test_decoders_begin_alike() -> None:
+    model, one = AdaptiveAttentionSystem(OWN_DECODERS), AdaptiveAttentionSystem(SHALLOW)
+    first, *later = [decoder.state_dict() for decoder in model.decoders()]
+    assert len(later) == 2
+    for decoder in later:
+        torch.testing.assert_close(decoder, first, rtol=0, atol=0)
+    assert len(one.decoders()) == 1
+    count = [sum(weight.numel() for weight in each.parameters()) for each in (model, one, one.decoder)]
+    assert count[0] == count[1] + 2 * count[2]
+    assert model.cost.full_flops(7, 7) == one.cost.full_flops(7, 7)
+
+
+@DECODERS
+def test_a_decoder_takes_over_no_states_of_another(shape: ModelConfig) -> None:
+    model, tokens = random_model(shape), random_tokens(1, 30)
+    state = model.allocate_state(1, depth=2)
+    model.prefill(tokens, state, 0.5)
+    model.set_depth(state, 2)
+    assert state.decoder[0].ssm_state.any()
+    model.set_depth(state, 3)
+    assert bool(state.decoder[0].ssm_state.any()) is not shape.own_decoders
+    assert state.encoder[0].ssm_state.any()
 
 
 def test_a_budget_buys_the_deepest_stage_that_it_can_place() -> None:

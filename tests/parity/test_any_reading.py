@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from model.config import ModelConfig
 from model.lm import AdaptiveAttentionSystem
 from model.state import ModelState
-from tests.model.shapes import PROPAGATING, SHALLOW, SMALL, random_model, random_tokens, settled
+from tests.model.shapes import OWN_DECODERS, PROPAGATING, SHALLOW, SMALL, random_model, random_tokens, settled
 
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}
-SKIPS, PROPAGATES, ENDS_EARLY = random_model(), random_model(PROPAGATING), random_model(SHALLOW)
+SKIPS, PROPAGATES = random_model(), random_model(PROPAGATING)
+ENDS_EARLY, OWN = random_model(SHALLOW), random_model(OWN_DECODERS)
 SKIPS.tiles.log_tau.fill_(math.log(0.3))  # stale at once, so that the trunk fires in stretches, as trained models do
-MODELS = st.sampled_from([SKIPS, PROPAGATES, ENDS_EARLY])
+MODELS = st.sampled_from([SKIPS, PROPAGATES, ENDS_EARLY, OWN])
 BLOCK, CHUNK = SMALL.block_size, SMALL.chunk_size
 
 

@@ -10,6 +10,7 @@ from model.config import ModelConfig
 from model.lm import AdaptiveAttentionSystem
 from model.state import ModelState
 from tests.model.shapes import (
+    OWN_DECODERS,
     PROPAGATING,
     SHALLOW,
     SMALL,
@@ -52,9 +53,10 @@ def test_mates_of_other_state_sizes_change_nothing(model: AdaptiveAttentionSyste
         assert torch.equal(alone[0], logits[row])
 
 
+@pytest.mark.parametrize("shape", [SHALLOW, OWN_DECODERS], ids=["one decoder", "own decoders"])
 @pytest.mark.parametrize("depth", SHALLOW.depths)
-def test_mates_of_other_depths_change_nothing(depth: int) -> None:
-    model, tokens = random_model(SHALLOW), random_tokens(7, 60)
+def test_mates_of_other_depths_change_nothing(depth: int, shape: ModelConfig) -> None:
+    model, tokens = random_model(shape), random_tokens(7, 60)
     rates = torch.tensor([1.0, 0.5, 1.0, 0.3, 0.9, 0.02, 0.0], dtype=torch.float64)
     state = model.allocate_state(7)
     state.depth = torch.tensor([1, depth, 2, 3, depth, depth, 1])

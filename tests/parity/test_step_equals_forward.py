@@ -8,7 +8,16 @@ import torch
 
 from model.adaptive.tiling import Pace, TileManager
 from model.config import ModelConfig
-from tests.model.shapes import PROPAGATING, SHALLOW, SMALL, UNMEASURED, random_model, random_tokens, step_through
+from tests.model.shapes import (
+    OWN_DECODERS,
+    PROPAGATING,
+    SHALLOW,
+    SMALL,
+    UNMEASURED,
+    random_model,
+    random_tokens,
+    step_through,
+)
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 START = Pace(position=0, last_fire=0, fires=0, quota=0.0)
@@ -33,11 +42,14 @@ def test_stepping_equals_one_forward_pass(rate: float, d_state: int | None, shap
     torch.testing.assert_close(logits, model(tokens, fires, d_state=d_state), **CLOSE)
 
 
-@pytest.mark.parametrize("width", [32, 48], ids=["equal widths", "projected"])
+@pytest.mark.parametrize(
+    "shape",
+    [SHALLOW, SHALLOW.model_copy(update={"d_trunk": 48}), OWN_DECODERS],
+    ids=["equal widths", "projected", "own decoders"],
+)
 @pytest.mark.parametrize("depth", SHALLOW.depths)
 @pytest.mark.parametrize("rate", [1.0, 0.5, 0.05])
-def test_stepping_equals_one_forward_pass_at_every_depth(rate: float, depth: int, width: int) -> None:
-    shape = SHALLOW.model_copy(update={"d_trunk": width})
+def test_stepping_equals_one_forward_pass_at_every_depth(rate: float, depth: int, shape: ModelConfig) -> None:
     model, tokens = random_model(shape), random_tokens(1, 150)
     logits, fires = step_through(model, tokens, torch.tensor([rate], dtype=torch.float64), depth=depth)
     torch.testing.assert_close(logits, model(tokens, fires, depth=depth), **CLOSE)
