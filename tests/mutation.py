@@ -252,6 +252,21 @@ MUTATIONS = (
         "(fresh[stage - 1] if stage else floor).detach()", "floor.detach()", ("tests/model/test_depth.py",),
     ),
     Mutation(
+        "compiled: every stage has the first one's decoder", LOOPS,
+        "for i in range(depths[-1] + k * each, depths[-1] + (k + 1) * each):",
+        "for i in range(depths[-1], depths[-1] + each):", (STEPS, "tests/model/test_depth.py"),
+    ),
+    Mutation(
+        "in training every stage has the first one's decoder", SYSTEM,
+        "read = [self._run(self._decoder(stage), one", "read = [self._run(self._decoder(0), one",
+        ("tests/model/test_depth.py",),
+    ),
+    Mutation(
+        "a decoder goes on from the states of another", SYSTEM,
+        "block.map(torch.zeros_like) for block in state.decoder", "block for block in state.decoder",
+        ("tests/model/test_depth.py",),
+    ),
+    Mutation(
         "full resolution learns from what it is to teach", "model/training/loss.py",
         "full_logits.detach()", "full_logits", ("tests/model/test_depth.py",),
     ),
