@@ -31,7 +31,7 @@ def compiled():
     return {name: len(f.signatures) for name, f in loops.items()}
 
 rank = int(sys.argv[1])
-stages = {"shallow_depths": (1,), "density_measured": False, "density_hidden": 8}
+stages = {"shallow_depths": (1,), "density_measured": False, "density_hidden": 8, "own_decoders": True}
 shape = TINY.model_copy(update={"propagation_rank": rank} | stages if rank else {})
 runner = ModelRunner(tiny_model(config=shape))
 assert not any(compiled().values())

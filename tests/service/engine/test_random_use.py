@@ -135,7 +135,7 @@ class WithoutModel(EngineMachine):
 
 
 UNMEASURED = {"density_measured": False, "density_hidden": 8}
-DEPTHS = {"propagation_rank": 8, "trunk_layers": 3, "shallow_depths": (1, 2)} | UNMEASURED
+DEPTHS = {"propagation_rank": 8, "trunk_layers": 3, "shallow_depths": (1, 2), "own_decoders": True} | UNMEASURED
 MODELS = (tiny_model(), tiny_model(config=TINY.model_copy(update=DEPTHS)))
 """One whose trunk skips what it does not run at and has one depth; one whose states read on, of several depths."""
 BUDGETS = [1.0, 0.8, 0.6, 0.5, 0.3]
