@@ -55,21 +55,22 @@ def compute_loss(
     if reduced is None:
         return loss
 
-    def taught(logits: Tensor, cost: Tensor) -> Tensor:
-        """Mean loss of a pass below full resolution, whose prediction is a part of what it is to learn."""
+    def floor_loss(logits: Tensor, cost: Tensor) -> Tensor:
+        """Mean loss of the floor, which may learn from the text and from what full resolution makes of it."""
         if not config.distillation:
             return cost.mean()
         return torch.lerp(cost.mean(), divergence(logits, full_logits), config.distillation)
 
     task = config.full_weight * full.mean()
     if len(fresh) > 1:
-        below = list(zip(model.config.shallow_shares, everywhere, fresh, strict=False))
-        task = task + config.shallow_weight * sum(share * taught(logits, cost) for share, logits, cost in below)
-        loss.bits["shallow"] = sum(share * cost.mean().item() for share, _, cost in below) / math.log(2.0)
+        shares = zip(model.config.shallow_shares, fresh[:-1], strict=True)
+        shallow = torch.stack([share * cost.mean() for share, cost in shares]).sum()
+        task = task + config.shallow_weight * shallow
+        loss.bits["shallow"] = shallow.item() / math.log(2.0)
     if reduced.ends_only:
         at_floor = floor_logits(model, encoded)
         floor = cross_entropy(at_floor, targets)
-        loss.total = (task + config.floor_weight * taught(at_floor, floor)) / config.fixed_weight
+        loss.total = (task + config.floor_weight * floor_loss(at_floor, floor)) / config.fixed_weight
         loss.bits["floor"] = floor.mean().item() / math.log(2.0)
         return loss
 
@@ -86,7 +87,7 @@ def compute_loss(
     with torch.set_grad_enabled(config.floor_weight > 0.0):
         at_floor = logits if reduced.rate == 0 and not stage else floor_logits(model, encoded)
         floor = cross_entropy(at_floor, targets)
-    task = task + config.floor_weight * taught(at_floor, floor) + (1.0 - config.fixed_weight) * cost.mean()
+    task = task + config.floor_weight * floor_loss(at_floor, floor) + (1.0 - config.fixed_weight) * cost.mean()
     information = divergence(logits, full_logits) + density_regression(
         model,
         density,

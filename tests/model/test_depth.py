@@ -308,7 +308,7 @@ def test_smaller_depths_have_their_share_of_the_loss() -> None:
     assert all(up.weight.grad.any() for up in system.router.shallow_up.values())
 
 
-def test_floor_and_smaller_depths_learn_from_full_resolution() -> None:
+def test_the_floor_may_learn_from_full_resolution() -> None:
     system, tokens = random_model(SHALLOW).requires_grad_(True).train(), random_tokens(2, 65)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].flatten()
     never = torch.zeros_like(inputs, dtype=torch.bool)
@@ -326,7 +326,7 @@ def test_floor_and_smaller_depths_learn_from_full_resolution() -> None:
         full_weight=0.3, shallow_weight=0.2, floor_weight=0.3, distillation=0.25,
         lambda_info=0.0, exit_weight=0.0, lambda_compute=0.0,
     )  # fmt: skip
-    expected = 0.3 * cross(full) + 0.2 * (mixed(one) + 2 * mixed(two)) / 3 + 0.3 * mixed(floor)
+    expected = 0.3 * cross(full) + 0.2 * (cross(one) + 2 * cross(two)) / 3 + 0.3 * mixed(floor)
     reduced = Reduced(0.5, uniform=True, d_state=None, momentum=0.1, depth=2)
     loss = compute_loss(system, tokens, reduced, config)
     assert loss.total.item() == pytest.approx(expected + 0.2 * loss.bits["reduced"] * np.log(2.0), rel=1e-5)
