@@ -102,7 +102,7 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         later = config.shallow_depths
         self.later_density = nn.ModuleList(InformationDensityAnalyzer(config, config.d_trunk) for _ in later)
         self.later_tiles = nn.ModuleList(TileManager(config) for _ in later)
-        # They begin alike, since all begin with the same work.
+        # Copies: a decoder more changes the first value of no other weight.
         self.later_decoders = nn.ModuleList(deepcopy(self.decoder) for _ in later if config.own_decoders)
         self.gradient_checkpointing = False
         """Whether a pass that will be differentiated keeps only what goes in and out of each block."""
