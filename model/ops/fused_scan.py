@@ -22,7 +22,9 @@ from torch import Tensor
 from model.ops.fused import arrays
 from model.ops.products import products
 from model.ops.recurrent import _VECTORS, Singles, _dot, _exp
-from model.ops.ssd import ScanResult, into_chunks, segment_decay
+from model.ops.ssd import _FAINT, ScanResult, into_chunks
+
+_LEAST = np.float32(-_FAINT)
 
 
 @njit(nogil=True, fastmath=_VECTORS, error_model="numpy")
@@ -35,6 +37,30 @@ def _scale(out: Singles, values: Singles, factor: np.float32) -> None:  # pragma
 def _scale_add(out: Singles, one: Singles, other: Singles, factor: np.float32) -> None:  # pragma: no cover - compiled
     for i in range(out.shape[0]):
         out[i] = one[i] + other[i] * factor
+
+
+@njit(nogil=True, fastmath=_VECTORS, error_model="numpy")
+def _decay_row(
+    total: Singles, i: int, shared: Singles, decay: Singles, scores: Singles
+) -> None:  # pragma: no cover - compiled
+    for j in range(i + 1):
+        decay[j] = _exp(max(total[i] - total[j], _LEAST))
+        scores[j] = shared[j] * decay[j]
+
+
+@njit(nogil=True)
+def _decay(total: Singles, shared: Singles, decay: Singles, scores: Singles) -> None:  # pragma: no cover - compiled
+    """What position i has of position j of its chunk, zero for j > i: decay [n, H, Q, Q], and with it scores.
+
+    total: [n, H, Q]. shared: [n, Q, Q], the products of C and B, which are the same for all heads.
+    """
+    chunks, heads, length = total.shape
+    for n in range(chunks):
+        for h in range(heads):
+            for i in range(length):
+                _decay_row(total[n, h], i, shared[n, i], decay[n, h, i], scores[n, h, i])
+                decay[n, h, i, i + 1 :] = 0.0
+                scores[n, h, i, i + 1 :] = 0.0
 
 
 @njit(nogil=True)
@@ -138,12 +164,12 @@ class _Scan(torch.autograd.Function):
         d_state = B.shape[-1]
         x, dt, B, C = (value.contiguous() for value in (x, dt, B, C))
         initial = initial_state.reshape(len(initial_state), heads, -1).contiguous()
-        log_decay = (dt * A).transpose(1, 2)  # [n, H, Q]
-        total, decay = log_decay.cumsum(-1).contiguous(), segment_decay(log_decay)
+        total = (dt * A).transpose(1, 2).cumsum(-1).contiguous()  # [n, H, Q]
 
         weighted, to_end = x.new_empty(chunks, heads, length, headdim), torch.empty_like(x)
         _weigh(*arrays(x, dt, total, weighted, to_end))
-        scores = (C @ B.transpose(1, 2)).unsqueeze(1) * decay  # [n, H, Q, Q]
+        decay, scores = (x.new_empty(chunks, heads, length, length) for _ in range(2))
+        _decay(*arrays(total, C @ B.transpose(1, 2), decay, scores))
         added = (to_end.flatten(2).transpose(1, 2) @ B).view(chunks, heads, -1)
         before, final = torch.empty_like(added), torch.empty_like(initial)
         _carry(*arrays(added, total, initial, before, final))
@@ -167,13 +193,13 @@ class _Scan(torch.autograd.Function):
         by_inside, by_past = torch.empty_like(weighted), torch.empty_like(x)
         _join_gradient(*arrays(by_y, total, by_inside, by_past))
         by_past = by_past.flatten(2)  # [n, Q, HP]
-        by_scores = (by_inside @ weighted.transpose(2, 3)).mul_(decay).sum(1)
+        by_shared = (by_inside @ weighted.transpose(2, 3)).mul_(decay).sum(1)
         by_before = (by_past.transpose(1, 2) @ C).view_as(before)
         by_added, by_initial = torch.empty_like(before), torch.empty_like(final)
         _carry_gradient(*arrays(by_before, total, by_final, by_added, by_initial))
         states, by_states = (value.view(chunks, -1, d_state) for value in (before, by_added))  # [n, HP, N]
-        by_B = by_scores.transpose(1, 2) @ C + to_end.flatten(2) @ by_states
-        by_C = by_scores @ B + by_past @ states
+        by_B = by_shared.transpose(1, 2) @ C + to_end.flatten(2) @ by_states
+        by_C = by_shared @ B + by_past @ states
 
         by_weighted, by_to_end = scores.transpose(2, 3) @ by_inside, (B @ by_states.transpose(1, 2)).view_as(x)
         by_x, by_dt, by_total = torch.empty_like(x), torch.empty_like(dt), torch.empty_like(dt)

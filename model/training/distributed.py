@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The processes of a run, as one of them sees them. Every method that averages must be called by all of them."""
+    """The processes of a run, as one of them sees them. Every method that exchanges must be called by all of them."""
 
     rank: int = 0
     size: int = 1
@@ -41,12 +41,7 @@ class Ranks:
         Raises:
             ConnectionError: another process is gone.
         """
-        if self.size == 1:
-            return values.detach()
-        total = values.detach().clone()
-        with _noticing_loss():
-            torch.distributed.all_reduce(total)
-        return total / self.size
+        return self._sum(values) / self.size
 
     def wait(self) -> None:
         """Wait for the other processes: the last exchange of a run that goes well.
@@ -68,24 +63,38 @@ class Ranks:
         known = list(parameters)
         gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in known]
         present = torch.tensor([float(one.grad is not None) for one in known], device=known[0].device)
-        *means, somewhere = self._mean_of_all([*gradients, present])
-        for parameter, mean, has_one in zip(known, means, somewhere.tolist(), strict=True):
-            parameter.grad = mean if has_one else None
+        *sums, somewhere = self.sum_of_all([*gradients, present])
+        for parameter, total, has_one in zip(known, sums, somewhere.tolist(), strict=True):
+            parameter.grad = total.div_(self.size) if has_one else None
 
     def average_buffers(self, module: nn.Module) -> None:
         """Replace the buffers of ``module`` (running statistics) by their means."""
         if self.size == 1:
             return
         buffers = list(module.buffers())
-        means = self._mean_of_all([buffer.double() for buffer in buffers])
-        for buffer, mean in zip(buffers, means, strict=True):
-            buffer.copy_(mean)
+        sums = self.sum_of_all([buffer.double() for buffer in buffers])
+        for buffer, total in zip(buffers, sums, strict=True):
+            buffer.copy_(total / self.size)
 
-    def _mean_of_all(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Means of tensors of one dtype, in a single exchange."""
-        flat = self.mean(torch.cat([tensor.flatten() for tensor in tensors]))
+    def sum_of_all(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Sums over the processes of tensors of one dtype, in a single exchange; not differentiable.
+
+        Raises:
+            ConnectionError: another process is gone.
+        """
+        if self.size == 1:
+            return tensors
+        flat = self._sum(torch.cat([tensor.flatten() for tensor in tensors]))
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+    def _sum(self, values: Tensor) -> Tensor:
+        total = values.detach()
+        if self.size > 1:
+            total = total.clone()
+            with _noticing_loss():
+                torch.distributed.all_reduce(total)
+        return total
 
 
 @contextmanager

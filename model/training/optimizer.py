@@ -74,7 +74,7 @@ class AdaptiveOptimizer:
                 kept.append(parameter)
         rate, decay = config.learning_rate, config.weight_decay
         self.optimizers: list[torch.optim.Optimizer] = [
-            Muon(matrices, lr=rate, weight_decay=decay),
+            Muon(matrices, lr=rate, weight_decay=decay, ranks=ranks),
             AdamW(
                 [
                     {"params": decayed, "weight_decay": decay},

@@ -9,7 +9,7 @@ from model.training.calibration import calibrate
 from model.training.config import TrainingConfig
 from model.training.firing import Reduced, choose_fires, sample_reduced
 from model.training.loss import compute_loss, divergence
-from model.training.muon import _launched_together, orthogonalise
+from model.training.muon import _launched_together, _shared_out, orthogonalise
 from tests.model.shapes import SMALL, random_model, random_tokens
 
 REDUCED = Reduced(rate=0.3, uniform=False, d_state=None, momentum=0.1)
@@ -18,7 +18,7 @@ REDUCED = Reduced(rate=0.3, uniform=False, d_state=None, momentum=0.1)
 @pytest.mark.parametrize("shape", [(8, 8), (32, 5), (5, 32)])
 def test_muon_brings_singular_values_near_one(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    values = torch.linalg.svdvals(orthogonalise(torch.randn(shape), iterations=10))
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(1, *shape), iterations=10))
     assert values.min() > 0.5
     assert values.max() < 1.5
 
@@ -26,7 +26,7 @@ def test_muon_brings_singular_values_near_one(shape: tuple[int, int]) -> None:
 def test_muon_brings_matrices_together_where_it_would_one_by_one() -> None:
     torch.manual_seed(0)
     together = torch.randn(3, 32, 5, dtype=torch.float64)
-    expected = torch.stack([orthogonalise(matrix) for matrix in together])
+    expected = torch.cat([orthogonalise(matrix) for matrix in together.split(1)])
     torch.testing.assert_close(orthogonalise(together), expected, atol=1e-12, rtol=1e-12)
 
 
@@ -36,6 +36,11 @@ def test_muon_groups_matrices_by_shape_where_launches_are_dear(device: str, grou
     launched = _launched_together(matrices)
     numbers = {id(matrix): number for number, matrix in enumerate(matrices)}
     assert [[numbers[id(matrix)] for matrix in group] for group in launched] == groups
+
+
+def test_processes_share_the_dearest_matrices_first() -> None:
+    assert _shared_out([4, 1, 8, 5], 2) == [1, 0, 0, 1]
+    assert _shared_out([4, 1, 8, 5], 1) == [0, 0, 0, 0]
 
 
 def test_the_loss_reaches_every_part_of_the_model() -> None:
