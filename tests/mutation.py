@@ -179,6 +179,15 @@ MUTATIONS = (
         ("tests/model/ops/test_compiled_rows.py",),
     ),
     Mutation(
+        "fused: no gradient through the size that the norm divides by", "model/ops/fused.py",
+        " - values[c] * shrink", "", ("tests/model/ops/test_fused.py",),
+    ),
+    Mutation(
+        "fused: the second part of the convolution has the gradient of the first", "model/ops/fused.py",
+        "_through_silu(inner[first:], by_keys[b, t])", "_through_silu(inner[first:], by_x[b, t])",
+        ("tests/model/ops/test_fused.py",),
+    ),
+    Mutation(
         "fused: no gradient through the size that the gated norm divides by", "model/ops/fused.py",
         " - gated[c] * shrink", "", ("tests/model/ops/test_fused.py",),
     ),

@@ -215,12 +215,13 @@ class VariableStateSpaceModel(nn.Module):
         window = torch.cat([state.conv_state, xBC_raw], dim=1)
         quick = fused(hidden)
         if quick:
-            xBC = convolve_silu(window, self.conv_weight, self.conv_bias)
+            x, keys = convolve_silu(window, self.conv_weight, self.conv_bias, self.d_inner)
+            B, C = keys.split(self.d_state, dim=-1)
         else:
             taps = self.conv_weight.unsqueeze(1)
             mixed = F.conv1d(window.transpose(1, 2), taps, self.conv_bias, groups=self.conv_dim)
             xBC = F.silu(mixed.transpose(1, 2)).to(state.ssm_state.dtype)
-        x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
+            x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
         B, C = self._mask(B, C, columns, state.ssm_state.shape[-1])
         if propagated is not None:
             written = torch.arange(B.shape[-1], device=B.device) < self.levels[0]

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.ops.fused import fused, rms_norm
+
 
 class RMSNorm(nn.Module):
     """RMS normalisation over the last axis (Zhang and Sennrich 2019), optionally gated as in Mamba-2."""
@@ -19,4 +21,6 @@ class RMSNorm(nn.Module):
         """Normalise ``x`` or, with a gate of the same shape, ``x * silu(gate)``."""
         if gate is not None:
             x = x * F.silu(gate)
+        if torch.is_grad_enabled() and fused(x):
+            return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -44,25 +44,34 @@ def _mix(window: Singles, weight: Singles, bias: Singles, out: Singles) -> None:
 
 
 @njit(nogil=True)
-def _convolve(window: Singles, weight: Singles, bias: Singles, out: Singles) -> None:  # pragma: no cover - compiled
-    """``silu(causal convolution)``: window [B, L + K - 1, C], weight [K, C], bias [C] into out [B, L, C]."""
-    for b in range(out.shape[0]):
-        for t in range(out.shape[1]):
-            _mix(window[b, t : t + weight.shape[0]], weight, bias, out[b, t])
-            _silu(out[b, t])
+def _convolve(
+    window: Singles, weight: Singles, bias: Singles, x: Singles, keys: Singles
+) -> None:  # pragma: no cover - compiled
+    """``silu(causal convolution)``, its first channels into x [B, L, I], the others into keys [B, L, C - I].
+
+    window: [B, L + K - 1, C]. weight: [K, C]. bias: [C].
+    """
+    row, first = np.empty(weight.shape[1], np.float32), x.shape[2]
+    for b in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            _mix(window[b, t : t + weight.shape[0]], weight, bias, row)
+            _silu(row)
+            x[b, t] = row[:first]
+            keys[b, t] = row[first:]
 
 
 @njit(nogil=True)
 def _convolve_gradient(
-    window: Singles, weight: Singles, bias: Singles, gradient: Singles, by_window: Singles, by_weight: Singles,
-    by_bias: Singles,
+    window: Singles, weight: Singles, bias: Singles, by_x: Singles, by_keys: Singles, by_window: Singles,
+    by_weight: Singles, by_bias: Singles,
 ) -> None:  # fmt: skip  # pragma: no cover - compiled
-    """Adds the gradients of :func:`_convolve` for one of its output to those by its inputs."""
-    inner = np.empty(weight.shape[1], np.float32)
-    for b in range(gradient.shape[0]):
-        for t in range(gradient.shape[1]):
+    """Adds the gradients of :func:`_convolve` for those of its outputs to those by its inputs."""
+    inner, first = np.empty(weight.shape[1], np.float32), by_x.shape[2]
+    for b in range(by_x.shape[0]):
+        for t in range(by_x.shape[1]):
             _mix(window[b, t : t + weight.shape[0]], weight, bias, inner)
-            _through_silu(inner, gradient[b, t])
+            _through_silu(inner[:first], by_x[b, t])
+            _through_silu(inner[first:], by_keys[b, t])
             by_bias += inner
             for k in range(weight.shape[0]):
                 _add_tap(by_weight[k], inner, window[b, t + k])
@@ -71,32 +80,34 @@ def _convolve_gradient(
 
 class _ConvolveSilu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, window: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, window: Tensor, weight: Tensor, bias: Tensor, first: int) -> tuple[Tensor, Tensor]:
         window, by_tap = window.contiguous(), weight.t().contiguous()
-        out = window.new_empty(len(window), window.shape[1] - len(by_tap) + 1, window.shape[2])
-        _convolve(*arrays(window, by_tap, bias, out))
+        batch, length, channels = len(window), window.shape[1] - len(by_tap) + 1, window.shape[2]
+        x, keys = (window.new_empty(batch, length, width) for width in (first, channels - first))
+        _convolve(*arrays(window, by_tap, bias, x, keys))
         ctx.save_for_backward(window, by_tap, bias)
-        return out
+        return x, keys
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         results = [torch.zeros_like(value) for value in inputs]
-        _convolve_gradient(*arrays(*inputs, gradients[0].contiguous(), *results))
-        return results[0], results[1].t(), results[2]
+        _convolve_gradient(*arrays(*inputs, *(gradient.contiguous() for gradient in gradients), *results))
+        return results[0], results[1].t(), results[2], None
 
 
-def convolve_silu(window: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """SiLU of a causal convolution, channel by channel.
+def convolve_silu(window: Tensor, weight: Tensor, bias: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """SiLU of a causal convolution, channel by channel, in two parts, so that nobody has to copy them apart.
 
     Args:
         window: [B, K - 1 + L, C], the inputs with those before them. weight: [C, K]. bias: [C].
+        first: channels of the first part.
 
     Returns:
-        [B, L, C].
+        [B, L, first] and [B, L, C - first].
     """
-    result: Tensor = _ConvolveSilu.apply(window, weight, bias)  # type: ignore[no-untyped-call]
-    return result
+    parts: tuple[Tensor, Tensor] = _ConvolveSilu.apply(window, weight, bias, first)  # type: ignore[no-untyped-call]
+    return parts
 
 
 @njit(nogil=True, fastmath=_VECTORS, error_model="numpy")
@@ -177,6 +188,69 @@ def gate_norm(y: Tensor, x: Tensor, z: Tensor, skip: Tensor, weight: Tensor, eps
     rows = [value.reshape(-1, value.shape[-1]) for value in (y, x, z)]
     result: Tensor = _GateNorm.apply(*rows, skip, weight, eps)  # type: ignore[no-untyped-call]
     return result.view_as(y)
+
+
+@njit(nogil=True, fastmath=_VECTORS, error_model="numpy")
+def _normalise(x: Singles, weight: Singles, eps: float, out: Singles) -> None:  # pragma: no cover - compiled
+    """Rows of ``rms_norm(x) * weight``: x, out [R, D], weight [D]."""
+    width = out.shape[1]
+    for i in range(out.shape[0]):
+        values, row = x[i], out[i]
+        square = np.float32(0.0)
+        for c in range(width):
+            square += values[c] * values[c]
+        scale = np.float32(1.0 / math.sqrt(square / width + eps))
+        for c in range(width):
+            row[c] = values[c] * scale * weight[c]
+
+
+@njit(nogil=True, fastmath=_VECTORS, error_model="numpy")
+def _normalise_gradient(
+    x: Singles, weight: Singles, eps: float, gradient: Singles, by_x: Singles, by_weight: Singles
+) -> None:  # pragma: no cover - compiled
+    """The gradients of :func:`_normalise` for one of its output; that by x is written, the other added to."""
+    width = gradient.shape[1]
+    for i in range(gradient.shape[0]):
+        values, outer, into = x[i], gradient[i], by_x[i]
+        square, along = np.float32(0.0), np.float32(0.0)
+        for c in range(width):
+            square += values[c] * values[c]
+            along += values[c] * outer[c] * weight[c]
+        scale = np.float32(1.0 / math.sqrt(square / width + eps))
+        shrink = np.float32(scale * scale * scale * along / width)
+        for c in range(width):
+            by_weight[c] += outer[c] * values[c] * scale
+            into[c] = outer[c] * weight[c] * scale - values[c] * shrink
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        out = torch.empty_like(x)
+        arguments = [*arrays(x, weight), eps, out.numpy()]
+        _normalise(*arguments)
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        by_x, by_weight = torch.empty_like(x), torch.zeros_like(weight)
+        arguments = [*arrays(x, weight), ctx.eps, *arrays(gradients[0].contiguous(), by_x, by_weight)]
+        _normalise_gradient(*arguments)
+        return by_x, by_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``rms_norm(x) * weight`` over the last axis.
+
+    Args:
+        x: [..., D]. weight: [D]. eps: added to the mean square.
+    """
+    result: Tensor = _Norm.apply(x.reshape(-1, x.shape[-1]), weight, eps)  # type: ignore[no-untyped-call]
+    return result.view_as(x)
 
 
 def arrays(*tensors: Tensor) -> list[Any]:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import model.layers.mamba2 as model_layers
-from model.ops.fused import convolve_silu, fused, gate_norm
+from model.ops.fused import convolve_silu, fused, gate_norm, rms_norm
 from tests.model.shapes import SMALL, random_model
 
 
@@ -28,7 +28,9 @@ def test_the_convolution_and_its_gradients_are_those_of_tensor_operations(
     window, weight, bias = inputs = leaves((batch, length + taps - 1, width), (width, taps), (width,))
     mixed = F.conv1d(window.transpose(1, 2), weight.unsqueeze(1), bias, groups=width)
     expected = F.silu(mixed.transpose(1, 2))
-    found = convolve_silu(window, weight, bias)
+    parts = convolve_silu(window, weight, bias, 3)
+    assert [part.shape[-1] for part in parts] == [3, width - 3]
+    found = torch.cat(parts, -1)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(gradients(found, inputs), gradients(expected, inputs), atol=2e-5, rtol=1e-5)
 
@@ -45,11 +47,20 @@ def test_the_gated_norm_and_its_gradients_are_those_of_tensor_operations(scale: 
         torch.testing.assert_close(mine, other, atol=1e-6 * max(1.0, float(other.abs().max())), rtol=2e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 30.0])
+def test_the_norm_and_its_gradients_are_those_of_tensor_operations(scale: float) -> None:
+    (x,), (weight,) = leaves((2, 9, 24), scale=scale), leaves((24,))
+    found, expected = rms_norm(x, weight, 1e-5), F.rms_norm(x, (24,), weight, 1e-5)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+    for mine, other in zip(gradients(found, [x, weight]), gradients(expected, [x, weight]), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-6 * max(1.0, float(other.abs().max())), rtol=2e-5)
+
+
 def test_views_of_a_larger_tensor_are_read_where_they_are() -> None:
     whole = torch.randn(2, 12, 40, generator=torch.Generator().manual_seed(1)).requires_grad_()
     weight, bias = leaves((16, 4), (16,))
     part = whole[..., 8:24]
-    found = gradients(convolve_silu(part, weight, bias), [whole])[0]
+    found = gradients(torch.cat(convolve_silu(part, weight, bias, 10), -1), [whole])[0]
     expected = gradients(
         F.silu(F.conv1d(part.transpose(1, 2), weight.unsqueeze(1), bias, groups=16).transpose(1, 2)), [whole]
     )[0]
