@@ -43,8 +43,9 @@ class TrainingConfig(StrictModel):
     floor_weight: float = Field(default=0.0, ge=0, le=1)
     """Share of the loss of a pass whose trunk never fires, in every step."""
     distillation: float = Field(default=0.0, ge=0, le=1)
-    """Share of the floor's loss that is the divergence from what full resolution predicts of the same bytes, instead of
-    the cost of the text (in-place distillation: Yu and Huang 2019), which pays once there is something to teach."""
+    """Share of the floor's loss, in the steps after the first of ``ends_share``, that is the divergence from what full
+    resolution predicts of the same bytes, instead of the cost of the text (in-place distillation: Yu and Huang 2019). A
+    teacher that knows as little as its pupil takes the text away from it."""
     # Passes at reduced rates from the first step on cost full resolution most of what its trunk could have learned.
     ends_share: float = Field(default=0.0, ge=0, le=1)
     """Share of the steps, the first ones, that train full resolution, smaller depths and the floor alone, by their

@@ -63,9 +63,7 @@ def compute_loss(
     if reduced.ends_only:
         at_floor = floor_logits(model, encoded)
         floor = cross_entropy(at_floor, targets)
-        loss.total = (
-            task + config.floor_weight * floor_loss(at_floor, floor, full_logits, config)
-        ) / config.fixed_weight
+        loss.total = (task + config.floor_weight * floor.mean()) / config.fixed_weight
         loss.bits["floor"] = floor.mean().item() / math.log(2.0)
         return loss
 
@@ -82,8 +80,10 @@ def compute_loss(
     with torch.set_grad_enabled(config.floor_weight > 0.0):
         at_floor = logits if reduced.rate == 0 and not stage else floor_logits(model, encoded)
         floor = cross_entropy(at_floor, targets)
-    task = task + config.floor_weight * floor_loss(at_floor, floor, full_logits, config)
-    task = task + (1.0 - config.fixed_weight) * cost.mean()
+    floor_loss = floor.mean()
+    if config.distillation:
+        floor_loss = torch.lerp(floor_loss, divergence(at_floor, full_logits), config.distillation)
+    task = task + config.floor_weight * floor_loss + (1.0 - config.fixed_weight) * cost.mean()
     information = divergence(logits, full_logits) + density_regression(
         model,
         density,
@@ -135,17 +135,6 @@ def floor_logits(model: AdaptiveAttentionSystem, encoded: Encoded) -> Tensor:
     fires = torch.zeros(encoded.hidden.shape[:2], dtype=torch.bool, device=encoded.hidden.device)
     state = model.allocate_state(len(fires), depth=model.config.depths[0])
     return model.head(model.combine(encoded.hidden, fires, state, propagate=False))
-
-
-def floor_loss(logits: Tensor, cost: Tensor, full_logits: Tensor, config: TrainingConfig) -> Tensor:
-    """Mean loss in nats per byte of the floor, which may learn from full resolution as well as from the text.
-
-    Args:
-        logits: [B, L, V] of the floor. cost: [B, L] of the text by them. full_logits: [B, L, V], taken as given.
-    """
-    if not config.distillation:
-        return cost.mean()
-    return torch.lerp(cost.mean(), divergence(logits, full_logits), config.distillation)
 
 
 def divergence(logits: Tensor, full_logits: Tensor) -> Tensor:
