@@ -16,7 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from model.ops.recurrent import _ONE, _VECTORS, Singles, _add_tap, _add_taps, _exp, _silu
+from model.ops.recurrent import _ONE, _VECTORS, Singles, _add_tap, _add_taps, _exp, _silu, norm_rows
 
 
 def fused(x: Tensor) -> bool:
@@ -191,24 +191,10 @@ def gate_norm(y: Tensor, x: Tensor, z: Tensor, skip: Tensor, weight: Tensor, eps
 
 
 @njit(nogil=True, fastmath=_VECTORS, error_model="numpy")
-def _normalise(x: Singles, weight: Singles, eps: float, out: Singles) -> None:  # pragma: no cover - compiled
-    """Rows of ``rms_norm(x) * weight``: x, out [R, D], weight [D]."""
-    width = out.shape[1]
-    for i in range(out.shape[0]):
-        values, row = x[i], out[i]
-        square = np.float32(0.0)
-        for c in range(width):
-            square += values[c] * values[c]
-        scale = np.float32(1.0 / math.sqrt(square / width + eps))
-        for c in range(width):
-            row[c] = values[c] * scale * weight[c]
-
-
-@njit(nogil=True, fastmath=_VECTORS, error_model="numpy")
-def _normalise_gradient(
+def _norm_gradient(
     x: Singles, weight: Singles, eps: float, gradient: Singles, by_x: Singles, by_weight: Singles
 ) -> None:  # pragma: no cover - compiled
-    """The gradients of :func:`_normalise` for one of its output; that by x is written, the other added to."""
+    """The gradients of :func:`norm_rows` for one of its output; that by x is written, the other added to."""
     width = gradient.shape[1]
     for i in range(gradient.shape[0]):
         values, outer, into = x[i], gradient[i], by_x[i]
@@ -227,19 +213,18 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
-        out = torch.empty_like(x)
-        arguments = [*arrays(x, weight), eps, out.numpy()]
-        _normalise(*arguments)
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return out
+        arguments = [*arrays(x, weight), eps]
+        rows: Tensor = torch.from_numpy(norm_rows(*arguments))
+        return rows
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         by_x, by_weight = torch.empty_like(x), torch.zeros_like(weight)
         arguments = [*arrays(x, weight), ctx.eps, *arrays(gradients[0].contiguous(), by_x, by_weight)]
-        _normalise_gradient(*arguments)
+        _norm_gradient(*arguments)
         return by_x, by_weight, None
 
 

@@ -43,7 +43,7 @@ class TrainingConfig(StrictModel):
     floor_weight: float = Field(default=0.0, ge=0, le=1)
     """Share of the loss of a pass whose trunk never fires, in every step."""
     distillation: float = Field(default=0.0, ge=0, le=1)
-    """Share of the floor's loss, in the steps after the first of ``ends_share``, that is the divergence from what full
+    """Share of the floor's loss, in the steps after those of ``ends_share``, that is the divergence from what full
     resolution predicts of the same bytes, instead of the cost of the text (in-place distillation: Yu and Huang 2019). A
     teacher that knows as little as its pupil takes the text away from it."""
     # Passes at reduced rates from the first step on cost full resolution most of what its trunk could have learned.
