@@ -25,6 +25,9 @@ from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+_LEAVE_SECONDS = 5
+"""How long the answers of requests that were ended because the server stops may take to leave."""
+
 
 class ServerConfig(uvicorn.Config):
     """uvicorn's configuration for an app with ``settings``."""
@@ -42,7 +45,7 @@ class ServerConfig(uvicorn.Config):
             server_header=False,
             h11_max_incomplete_event_size=settings.max_header_bytes,
             timeout_keep_alive=settings.keep_alive_seconds,
-            timeout_graceful_shutdown=settings.shutdown_seconds,
+            timeout_graceful_shutdown=settings.shutdown_seconds + _LEAVE_SECONDS,
         )
         self.settings = settings
 
@@ -50,8 +53,8 @@ class ServerConfig(uvicorn.Config):
 class Server(uvicorn.Server):
     """uvicorn's server, with an end that every client understands.
 
-    Once told to stop it takes no new requests and lets the open ones finish. Those that have not when three quarters of
-    the time are over get an error, before uvicorn would cut them off without one.
+    Once told to stop it takes no new requests and lets the open ones finish. Those that have not when their time is
+    over get an error, and some seconds for it to leave: uvicorn would cut them off without one.
     """
 
     def __init__(self, config: ServerConfig, engine: EngineThread) -> None:
@@ -62,7 +65,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop."""
         self._engine.drain()
-        asyncio.get_running_loop().call_later(0.75 * self._patience, self._engine.abort_all)
+        asyncio.get_running_loop().call_later(self._patience, self._engine.abort_all)
         await super().shutdown(sockets)
 
 

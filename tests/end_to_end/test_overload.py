@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -111,7 +112,15 @@ def test_a_server_that_stops_finishes_what_runs() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_has_not_finished_when_a_server_stops_gets_an_error(stream: bool) -> None:
+def test_what_has_not_finished_when_a_server_stops_gets_an_error(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if a step takes longer than the whole of their time."""
+    decode = ModelRunner.decode
+
+    def slow(self: ModelRunner, *arguments: Any) -> Any:
+        time.sleep(1.5)
+        return decode(self, *arguments)
+
+    monkeypatch.setattr(ModelRunner, "decode", slow)
     answers: list[httpx.Response] = []
     with serving(tiny_model(), max_tokens=LONG["max_tokens"], shutdown_seconds=1) as server:
 
