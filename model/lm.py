@@ -32,6 +32,7 @@ from model.layers.norm import RMSNorm
 from model.layers.propagation import Propagated
 from model.ops.parallel import own_threads
 from model.ops.recurrent import compiled
+from model.ops.rows import take_rows
 from model.ops.ssd import ScanTrace
 from model.ops.tiling import Bytes
 from model.ops.views import Viewed
@@ -298,7 +299,7 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
                 stretch = torch.diff(at, dim=1, prepend=router.last_fire.unsqueeze(1)).clamp_min(1).to(hidden.dtype)
             elif propagate:
                 propagated = Propagated(self.router.propagated(given.inputs, given.stage), fires, places)
-            selected = given.inputs.gather(1, places.unsqueeze(-1).expand(-1, -1, given.inputs.shape[-1]))
+            selected = take_rows(given.inputs, places)
             if most or propagated is not None:
                 lengths = None if bool((count == most).all()) else count
                 updates = self._run_stage(selected, given.stage, stretch, lengths, state, propagated)

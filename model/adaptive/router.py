@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.ops.rows import take_rows
 from model.state import RouterState
 
 
@@ -99,7 +100,7 @@ class CrossScaleRouter(nn.Module):
         position = state.positions.unsqueeze(1) + torch.arange(1, fires.shape[1] + 1, device=fires.device)
         last = torch.where(fires, position, 0).cummax(1).values.maximum(state.last_fire.unsqueeze(1))
         known, slot = torch.cat([state.held.unsqueeze(1), updates], dim=1), fires.cumsum(1)
-        spread = self.fade(known.gather(1, slot.unsqueeze(-1).expand(-1, -1, known.shape[-1])), position - last)
+        spread = self.fade(take_rows(known, slot), position - last)
         state.held = known[torch.arange(len(known), device=known.device), slot[:, -1]]
         state.fires = state.fires + slot[:, -1]
         state.last_fire, state.positions = last[:, -1].clone(), position[:, -1].clone()

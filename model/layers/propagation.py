@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from model.ops.rows import take_rows
+
 
 @dataclass(frozen=True, slots=True)
 class Propagated:
@@ -26,10 +28,8 @@ class Propagated:
         """[B, L, C]: of ``ran`` [B, K, C] where the block is run, of ``read`` [B, L, C] elsewhere."""
         if not ran.shape[1]:
             return read
-        slot = (self.fires.cumsum(1) - 1).clamp_min(0).unsqueeze(-1).expand(-1, -1, ran.shape[-1])
-        return ran.gather(1, slot).where(self.fires.unsqueeze(-1), read)
+        return take_rows(ran, (self.fires.cumsum(1) - 1).clamp_min(0)).where(self.fires.unsqueeze(-1), read)
 
     def select(self, values: Tensor) -> Tensor:
         """[B, K, ...] of [B, L, ...] where the block is run."""
-        index = self.places.view(*self.places.shape, *[1] * (values.dim() - 2))
-        return values.gather(1, index.expand(-1, -1, *values.shape[2:]))
+        return take_rows(values, self.places)
