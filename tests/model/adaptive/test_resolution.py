@@ -28,20 +28,28 @@ def embedded() -> AdaptiveAttentionSystem:
     return load_checkpoint(EMBEDDED_CHECKPOINT, torch.device("cpu"))
 
 
+Densities = dict[int | None, dict[str, np.ndarray]]
+"""By the depth at which the stage ends that they place, and by text."""
+
+
 @pytest.fixture(scope="module")
-def densities(embedded: AdaptiveAttentionSystem) -> dict[str, np.ndarray]:
+def densities(embedded: AdaptiveAttentionSystem) -> Densities:
     real = Path(argparse.__file__).read_bytes()[20_000 : 20_000 + LENGTH]
     noise = np.random.default_rng(0).integers(0, 256, LENGTH, dtype=np.uint8).tobytes()
     half = LENGTH // 2
     texts = dict(zip(TEXTS, (real, b"a" * LENGTH, noise, real[:half] + noise[:half]), strict=True))
     tokens = torch.tensor([list(text) for text in texts.values()])
-    return dict(zip(texts, embedded.analyse(tokens).numpy(), strict=True))
+    depths = (*embedded.config.shallow_depths, None)
+    return {depth: dict(zip(texts, embedded.analyse(tokens, depth).numpy(), strict=True)) for depth in depths}
 
 
 def compute_ratio(model: AdaptiveAttentionSystem, fires: np.ndarray, budget: float, logits: int) -> np.ndarray:
     """Compute spent over compute granted, after each byte."""
-    counts = enumerate(fires.cumsum(dtype=np.int64), start=1)
-    spent = [model.cost.flops(n, int(k), n * logits, n).total / model.cost.full_flops(n, n * logits) for n, k in counts]
+    depth, counts = model.cost.depth(budget), enumerate(fires.cumsum(dtype=np.int64), start=1)
+    spent = [
+        model.cost.flops(n, int(k), n * logits, n, depth=depth).total / model.cost.full_flops(n, n * logits)
+        for n, k in counts
+    ]
     return np.array(spent) / budget
 
 
@@ -49,12 +57,13 @@ def compute_ratio(model: AdaptiveAttentionSystem, fires: np.ndarray, budget: flo
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("mistake", [-10.0, 0.0, 10.0])
 def test_online_compute_meets_the_target_from_either_side(
-    embedded: AdaptiveAttentionSystem, densities: dict[str, np.ndarray], text: str, budget: float, mistake: float
+    embedded: AdaptiveAttentionSystem, densities: Densities, text: str, budget: float, mistake: float
 ) -> None:
     """A threshold ten spreads of the density too low begins over the target, one too high begins under it."""
-    rate, tiles = embedded.cost.rates(budget).decode, embedded.tiles
+    rates = embedded.cost.rates(budget)
+    rate, (_, tiles) = rates.decode, embedded.placement(rates.depth)
     log_threshold = tiles.log_at(tiles.log_thresholds, rate) + mistake * tiles.spread
-    fires = tiles.online(densities[text], rate, Pace(0, 0, 0, 0.0), log_threshold)
+    fires = tiles.online(densities[rates.depth][text], rate, Pace(0, 0, 0, 0.0), log_threshold)
     ratio = compute_ratio(embedded, fires, budget, 1)
     assert np.abs(ratio[2047:] - 1).max() < 0.05
 
@@ -62,13 +71,15 @@ def test_online_compute_meets_the_target_from_either_side(
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("text", TEXTS)
 def test_planned_compute_meets_the_target(
-    embedded: AdaptiveAttentionSystem, densities: dict[str, np.ndarray], text: str, budget: float
+    embedded: AdaptiveAttentionSystem, densities: Densities, text: str, budget: float
 ) -> None:
-    rate, blocks = embedded.cost.rates(budget).prefill, [np.zeros(0, np.uint8)]
+    rates = embedded.cost.rates(budget)
+    rate, (_, tiles), density = rates.prefill, embedded.placement(rates.depth), densities[rates.depth][text]
+    blocks = [np.zeros(0, np.uint8)]
     for start in range(0, LENGTH, 512):
         at = np.flatnonzero(np.concatenate(blocks))
         pace = Pace(start, int(at[-1]) + 1 if len(at) else 0, len(at), rate * start)
-        blocks.append(embedded.tiles.plan(densities[text][start : start + 512], rate, pace))
+        blocks.append(tiles.plan(density[start : start + 512], rate, pace))
     ratio = compute_ratio(embedded, np.concatenate(blocks), budget, 0)
     assert np.abs(ratio[2047::512] - 1).max() < 0.05  # where blocks end; within one, tiles stand where they lose least
 
@@ -77,19 +88,23 @@ def test_planned_compute_meets_the_target(
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("gaps", [-3, 3])
 def test_a_sequence_off_its_quota_returns_without_oscillation(
-    embedded: AdaptiveAttentionSystem, densities: dict[str, np.ndarray], text: str, budget: float, gaps: int
+    embedded: AdaptiveAttentionSystem, densities: Densities, text: str, budget: float, gaps: int
 ) -> None:
     """Three tolerated gaps behind or ahead, as after a change of budget: straight back, not out at the far side."""
-    rate, at = embedded.cost.rates(budget).decode, 4096
-    before = round(rate * at + gaps * (0.01 + 0.02 * rate) * at)
-    fires = embedded.tiles.online(densities[text], rate, Pace(at, at, before, rate * at))
+    rates, at = embedded.cost.rates(budget), 4096
+    rate, (_, tiles) = rates.decode, embedded.placement(rates.depth)
+    gap = 0.01 + 0.02 * rate
+    before = round(rate * at + gaps * gap * at)
+    fires = tiles.online(densities[rates.depth][text], rate, Pace(at, at, before, rate * at))
     position = at + np.arange(1, LENGTH + 1)
     counts = before + fires.cumsum(dtype=np.int64)
     error = np.array(
         [pacing_error(*each) for each in zip(counts, rate * position, position, [rate] * LENGTH, strict=True)]
     )
     inside = int(np.argmax(np.abs(error) < FARTHEST))
-    assert 0 < inside < 512
+    # Every byte fires, or none; the gap grows meanwhile.
+    speed = 1.0 - rate if gaps < 0 else rate
+    assert inside == pytest.approx((abs(gaps) - FARTHEST) * gap * at / (speed + FARTHEST * gap), abs=3)
     assert (np.sign(gaps) * np.diff(error[:inside])).max() < 0  # towards the quota at every byte
     # Then stretches of fires and gaps by turns, between the walls.
     assert np.abs(error[inside:]).max() <= FARTHEST
@@ -126,11 +141,9 @@ LOSSES = (1.0 - COSTS) ** 2
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_regions_meet_the_target_and_the_densest_keep_resolution_longest(
-    densities: dict[str, np.ndarray], text: str
-) -> None:
-    density = region_density(densities[text], 32)
-    assert density == pytest.approx(densities[text].reshape(-1, 32).mean(1))
+def test_regions_meet_the_target_and_the_densest_keep_resolution_longest(densities: Densities, text: str) -> None:
+    density = region_density(densities[None][text], 32)
+    assert density == pytest.approx(densities[None][text].reshape(-1, 32).mean(1))
     by_density = np.argsort(density, kind="stable")
     previous = np.full(len(density), len(SIZES) - 1)
     for target in np.linspace(1.0, 0.1, 40) * len(density):

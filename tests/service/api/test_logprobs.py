@@ -62,8 +62,9 @@ def test_an_echoed_prompt_scores_as_it_does_offline(embedded: Running, budget: f
     assert compute["full_flops"] == score.full_flops + extra
     last_fired = compute["tiles"] - score.fires
     assert last_fired in (0, 1)
-    analysed = model.cost.analysed(model.cost.rates(budget).decode)
-    assert compute["spent_flops"] == score.spent_flops + model.cost.flops(1, last_fired, 1, int(analysed)).total
+    rates = model.cost.rates(budget)
+    last = model.cost.flops(1, last_fired, 1, int(model.cost.analysed(rates.decode)), depth=rates.depth)
+    assert compute["spent_flops"] == score.spent_flops + last.total
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.8, 0.6, 0.01])
