@@ -93,6 +93,8 @@ class ComputeUsage:
     """How often the trunk fired: of several stages, the one that is placed."""
     mean_tile_bytes: float | None
     """None where it never fired."""
+    depth: int | None
+    """Blocks after which the stage ends that was placed at the end, those below it at every byte; None for all."""
     reason: str
     """Why so much was granted: `requested`, `floor`, `depth`, `maximum` or `load`."""
     d_state: int
@@ -314,6 +316,7 @@ def total_usage(sequences: Collection[Sequence]) -> ComputeUsage:
     tiles = sum(sequence.tiles for sequence in sequences)
     positions = sum(sequence.positions - sequence.inherited for sequence in sequences)
     reasons = [sequence.grant.reason for sequence in sequences]
+    depths = [sequence.depth for sequence in sequences if sequence.depth is not None]
     lowered = any(sequence.regranted for sequence in sequences) or Reason.LOAD in reasons
     granted = sum((sequence.granted for sequence in sequences), Counter[float]())
     if len(granted) > 1:
@@ -328,6 +331,7 @@ def total_usage(sequences: Collection[Sequence]) -> ComputeUsage:
         full_flops=full_flops,
         tiles=tiles,
         mean_tile_bytes=positions / tiles if tiles else None,
+        depth=min(depths, default=None),
         reason=(Reason.LOAD if lowered else grant.reason).value,
         d_state=min(sequence.columns for sequence in sequences),
     )

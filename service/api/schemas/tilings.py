@@ -56,6 +56,8 @@ class TilingModel(ApiModel):
     the next."""
     reason: str
     """`requested`, `floor` or `depth`."""
+    depth: int | None
+    """Blocks of the trunk after which the stage ends that is placed, those below it at every position; null for all."""
     tiles: list[TileModel]
     """In order, covering the text; empty where nothing fires."""
     info_loss: float

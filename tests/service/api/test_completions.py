@@ -29,6 +29,7 @@ def test_the_budget_is_kept_and_the_bill_is_analytic(server: Running, budget: fl
     analysed = read if budget < 1 else 0
     assert compute["spent_flops"] == COST.flops(read, compute["tiles"], generated, analysed).total
     assert compute["mean_tile_bytes"] == read / compute["tiles"]
+    assert compute["depth"] is None
 
 
 def test_a_budget_under_the_floor_is_granted_the_floor_and_says_so(server: Running) -> None:

@@ -83,8 +83,9 @@ def test_each_budget_places_the_stage_that_it_can_pay_for(rule: str) -> None:
         for given, budget in zip(answer["tilings"], budgets, strict=True):
             text = {"prompt": TEXT, "max_tokens": 0, "echo": True, "compute_budget": budget}
             read = running.complete(**text, **scored)["usage"]["compute"]
-            for name in ("spent_flops", "full_flops", "spent", "reason"):
+            for name in ("spent_flops", "full_flops", "spent", "reason", "depth"):
                 assert given[name] == read[name], (budget, name)
+            assert read["depth"] == cost.rates(budget).depth
             inside = sum(tile["compute_cost"] for tile in given["tiles"])
             assert inside <= read["spent_flops"]
         one = tilings(running, budgets=[0.4], rule=rule)
