@@ -143,7 +143,7 @@ def test_what_has_not_finished_when_a_server_stops_gets_an_error(stream: bool, m
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_waits_or_runs_for_too_long_gets_an_error(stream: bool) -> None:
     with serving(
-        tiny_model(), max_tokens=LONG["max_tokens"], max_running=1, queue_seconds=0.3, request_seconds=1.0
+        tiny_model(), max_tokens=LONG["max_tokens"], max_running=1, queue_seconds=0.3, request_seconds=3.0
     ) as server:
         running = threading.Thread(target=lambda: codes.append(error_code(server, stream)))
         codes: list[str] = []

@@ -204,7 +204,7 @@ def test_a_connection_too_many_is_refused_while_all_are_busy() -> None:
         busy = [Wire(server) for _ in range(3)]
         for wire in busy:
             wire.send(head(len(BODY)) + BODY[:-1])
-        time.sleep(0.2)
+        time.sleep(1.0)
         with Wire(server) as wire:
             wire.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             answer = wire.answer()

@@ -171,7 +171,7 @@ def test_a_fault_outside_the_model_ends_open_requests_and_the_thread_lives(
 
 
 def test_a_step_that_does_not_end_fails_its_requests_and_the_engine_recovers(runner: GatedRunner) -> None:
-    thread = make_thread(runner, stall_seconds=0.2)
+    thread = make_thread(runner, stall_seconds=1.0)
     thread.start()
     stuck, waits = Collector(), Collector()
     thread.submit([make_sequence()], Receiver(stuck, no_flush))
