@@ -37,6 +37,38 @@ class Loss:
     bits: dict[str, float] = field(default_factory=dict)
     """Bits per byte by pass."""
 
+    def show(self, name: str, cost: Tensor) -> None:
+        """Show the mean of costs in nats."""
+        self.bits[name] = cost.mean().item() / math.log(2.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Everywhere:
+    """Texts of which every byte was read at full resolution."""
+
+    encoded: Encoded
+    entrances: list[Entrance]
+    """What each stage was given."""
+    recorded: list[Tensor]
+    """By :func:`recorded_inputs`."""
+    logits: list[Tensor]
+    """[B, L, V] by depth, the last of all blocks."""
+    costs: list[Tensor]
+    """Nats [B, L] by depth."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """The same texts, one stage of the trunk placed at some of the bytes."""
+
+    density: Tensor
+    """[B, L] bits, differentiable in its weights."""
+    fires: Tensor
+    """[B, L] bool."""
+    logits: Tensor
+    cost: Tensor
+    """Nats [B, L]."""
+
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy in nats [B, L] of logits [B, L, V]."""
@@ -47,67 +79,92 @@ def compute_loss(
     model: AdaptiveAttentionSystem, tokens: Tensor, reduced: Reduced | None, config: TrainingConfig
 ) -> Loss:
     """Loss of one batch of tokens [B, L + 1]; ``reduced`` None trains the full resolution alone."""
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    encoded = model.encode(inputs, model.allocate_state(len(tokens)).encoder)
-    with recorded_inputs(model) as recorded:
-        outputs, entrances = model.combine_everywhere(encoded.hidden)
-    everywhere = [model.head(output) for output in outputs]
-    fresh = [cross_entropy(logits, targets) for logits in everywhere]
-    full, full_logits = fresh[-1], everywhere[-1]
-    loss = Loss(full.mean(), {"full": full.mean().item() / math.log(2.0)})
+    targets = tokens[:, 1:]
+    fresh = _read_everywhere(model, tokens)
+    full = fresh.costs[-1].mean()
+    loss = Loss(full)
+    loss.show("full", full)
     if reduced is None:
         return loss
-    task = config.full_weight * full.mean()
-    if len(fresh) > 1:
-        shares = zip(model.config.shallow_shares, fresh[:-1], strict=True)
+    task = config.full_weight * full
+    if len(fresh.costs) > 1:
+        shares = zip(model.config.shallow_shares, fresh.costs[:-1], strict=True)
         shallow = torch.stack([share * cost.mean() for share, cost in shares]).sum()
         task = task + config.shallow_weight * shallow
-        loss.bits["shallow"] = shallow.item() / math.log(2.0)
+        loss.show("shallow", shallow)
     if reduced.ends_only:
-        at_floor = floor_logits(model, encoded)
-        floor = cross_entropy(at_floor, targets)
-        loss.total = (task + config.floor_weight * floor.mean()) / config.fixed_weight
-        loss.bits["floor"] = floor.mean().item() / math.log(2.0)
+        floor = cross_entropy(floor_logits(model, fresh.encoded), targets).mean()
+        loss.total = (task + config.floor_weight * floor) / config.fixed_weight
+        loss.show("floor", floor)
         return loss
 
-    exit_logits = model.exit_head(encoded.hidden) if model.density.measured or config.exit_weight > 0.0 else None
-    stage = model.config.stage(reduced.depth)
-    density, smoothed = _analyse(model, exit_logits, encoded, entrances[stage], reduced)
-    fires = torch.from_numpy(choose_fires(model.placements()[stage][1], smoothed, reduced)).to(inputs.device)
-    state = model.allocate_state(len(tokens), d_state=reduced.d_state, depth=reduced.depth)
-    # At another state size the stages below give something else, too.
-    given = entrances[stage] if reduced.d_state is None else None
-    output = model.combine(encoded.hidden, fires, state, propagate=reduced.rate > 0.0, entrance=given)
-    logits = model.head(output)
-    cost = cross_entropy(logits, targets)
+    measured = model.density.measured or config.exit_weight > 0.0
+    exit_logits = model.exit_head(fresh.encoded.hidden) if measured else None
+    placed = _read_placed(model, fresh, exit_logits, targets, reduced)
     with torch.set_grad_enabled(config.floor_weight > 0.0):
-        at_floor = logits if reduced.rate == 0 and not stage else floor_logits(model, encoded)
-        floor = cross_entropy(at_floor, targets)
-    floor_loss = floor.mean()
+        is_floor = reduced.rate == 0 and not model.config.stage(reduced.depth)
+        at_floor = placed.logits if is_floor else floor_logits(model, fresh.encoded)
+        floor_cost = cross_entropy(at_floor, targets)
+    floor = floor_cost.mean()
     if config.distillation:
-        floor_loss = torch.lerp(floor_loss, divergence(at_floor, full_logits), config.distillation)
-    task = task + config.floor_weight * floor_loss + (1.0 - config.fixed_weight) * cost.mean()
-    information = divergence(logits, full_logits) + density_regression(
-        model,
-        density,
-        mean_ahead((fresh[stage - 1] if stage else floor).detach() - fresh[stage].detach(), config.foresight),
-        cost.detach() - fresh[stage].detach(),
-        fires,
-        reduced.depth,
-    )
-    if recorded:
-        information = information + propagation_error(model, entrances, recorded)
-    loss.total = task + config.lambda_info * information
+        floor = torch.lerp(floor, divergence(at_floor, fresh.logits[-1]), config.distillation)
+    task = task + config.floor_weight * floor + (1.0 - config.fixed_weight) * placed.cost.mean()
+    loss.total = task + config.lambda_info * _information(model, fresh, placed, floor_cost, reduced, config)
     if config.lambda_compute > 0.0 and model.cost.analysed(reduced.rate) and not reduced.uniform:
-        loss.total = loss.total + config.lambda_compute * compute_error(model, density, reduced.rate, reduced.depth)
+        error = compute_error(model, placed.density, reduced.rate, reduced.depth)
+        loss.total = loss.total + config.lambda_compute * error
     if exit_logits is not None:
         exit_loss = cross_entropy(exit_logits, targets).mean()
         loss.total = loss.total + config.exit_weight * exit_loss
-        loss.bits["exit"] = exit_loss.item() / math.log(2.0)
-    loss.bits["floor"] = floor.mean().item() / math.log(2.0)
+        loss.show("exit", exit_loss)
+    loss.show("floor", floor_cost)
     if reduced.rate > 0:
-        loss.bits["reduced"] = cost.mean().item() / math.log(2.0)
+        loss.show("reduced", placed.cost)
     return loss
+
+
+def _read_everywhere(model: AdaptiveAttentionSystem, tokens: Tensor) -> Everywhere:
+    """The full pass over tokens [B, L + 1]."""
+    encoded = model.encode(tokens[:, :-1], model.allocate_state(len(tokens)).encoder)
+    with recorded_inputs(model) as recorded:
+        outputs, entrances = model.combine_everywhere(encoded.hidden)
+    logits = [model.head(output) for output in outputs]
+    return Everywhere(encoded, entrances, recorded, logits, [cross_entropy(each, tokens[:, 1:]) for each in logits])
+
+
+def _read_placed(
+    model: AdaptiveAttentionSystem, fresh: Everywhere, exit_logits: Tensor | None, targets: Tensor, reduced: Reduced
+) -> Placed:
+    """The reduced pass."""
+    hidden, stage = fresh.encoded.hidden, model.config.stage(reduced.depth)
+    density, smoothed = _analyse(model, exit_logits, fresh.encoded, fresh.entrances[stage], reduced)
+    fires = torch.from_numpy(choose_fires(model.placements()[stage][1], smoothed, reduced)).to(hidden.device)
+    state = model.allocate_state(len(hidden), d_state=reduced.d_state, depth=reduced.depth)
+    # At another state size the stages below give something else, too.
+    given = fresh.entrances[stage] if reduced.d_state is None else None
+    logits = model.head(model.combine(hidden, fires, state, propagate=reduced.rate > 0.0, entrance=given))
+    return Placed(density, fires, logits, cross_entropy(logits, targets))
+
+
+def _information(
+    model: AdaptiveAttentionSystem,
+    fresh: Everywhere,
+    placed: Placed,
+    floor_cost: Tensor,
+    reduced: Reduced,
+    config: TrainingConfig,
+) -> Tensor:
+    """What the reduced pass lost of what full resolution knows, and how badly that was foreseen."""
+    stage = model.config.stage(reduced.depth)
+    below, here = fresh.costs[stage - 1] if stage else floor_cost, fresh.costs[stage].detach()
+    worth = mean_ahead(below.detach() - here, config.foresight)
+    stale_cost = placed.cost.detach() - here
+    information = divergence(placed.logits, fresh.logits[-1]) + density_regression(
+        model, placed.density, worth, stale_cost, placed.fires, reduced.depth
+    )
+    if fresh.recorded:
+        information = information + propagation_error(model, fresh.entrances, fresh.recorded)
+    return information
 
 
 def _analyse(
