@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from model.checkpoint import EMBEDDED_CHECKPOINT, read_config
+from model.checkpoint import EMBEDDED_CHECKPOINT, load_checkpoint, read_config
 from model.config import ModelConfig
 from model.cost import CostModel
 from model.lm import AdaptiveAttentionSystem
@@ -27,6 +28,12 @@ def test_the_shipped_recipes_are_found() -> None:
 
 def test_small_has_the_shape_of_the_embedded_checkpoint() -> None:
     assert read_recipe("small").model == read_config(EMBEDDED_CHECKPOINT).model
+
+
+def test_nested_has_the_shape_of_its_checkpoint() -> None:
+    folder = EMBEDDED_CHECKPOINT.with_name("rheostat-nested")
+    assert read_recipe("nested").model == read_config(folder).model
+    assert load_checkpoint(folder, torch.device("cpu")).config.depths == (3, 7)
 
 
 def test_base_has_about_16_million_parameters_and_a_low_floor() -> None:
