@@ -89,12 +89,12 @@ MUTATIONS = (
     ),
     Mutation(
         "tile pooled over its past instead of selected", SYSTEM,
-        "selected = given.inputs.gather(",
-        "selected = (given.inputs.cumsum(1) / given.inputs[..., :1].abs().gt(-1).cumsum(1)).gather(", (STEPS,),
+        "take_rows(given.inputs, places)",
+        "take_rows(given.inputs.cumsum(1) / given.inputs[..., :1].abs().gt(-1).cumsum(1), places)", (STEPS,),
     ),
     Mutation(
         "tile pooled over the bytes to come", SYSTEM,
-        "selected = given.inputs.gather(", "selected = given.inputs.flip(1).cumsum(1).flip(1).gather(", (CAUSAL,),
+        "take_rows(given.inputs, places)", "take_rows(given.inputs.flip(1).cumsum(1).flip(1), places)", (CAUSAL,),
     ),
     Mutation(
         "a decision sees the next byte", RULE,
@@ -124,7 +124,7 @@ MUTATIONS = (
     ),
     Mutation(
         "pass: age off by one where the update fades", ROUTER,
-        "known.shape[-1])), position - last)", "known.shape[-1])), position - last + 1)", (STEPS,),
+        "take_rows(known, slot), position - last)", "take_rows(known, slot), position - last + 1)", (STEPS,),
     ),
     Mutation(
         "compiled step: age off by one where the update fades", LOOPS,
@@ -258,7 +258,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the density of a later stage learns what all of the trunk is worth", "model/training/loss.py",
-        "(fresh[stage - 1] if stage else floor).detach()", "floor.detach()", ("tests/model/test_depth.py",),
+        "fresh.costs[stage - 1] if stage else floor_cost", "floor_cost", ("tests/model/test_depth.py",),
     ),
     Mutation(
         "compiled: every stage has the first one's decoder", LOOPS,
