@@ -278,8 +278,8 @@ def propagation_error(
     Args:
         entrances: what each stage was given, taken as it is. recorded: by :func:`recorded_inputs`.
     """
-    given_stages = [(one.inputs.detach()[:, ::_SAMPLED], one.stage) for one in entrances]
-    codes, errors = [model.router.propagated(inputs, stage) for inputs, stage in given_stages], []
+    codes = [model.router.propagated(one.inputs.detach()[:, ::_SAMPLED], one.stage) for one in entrances]
+    errors = []
     for number, (block, given) in enumerate(zip(_trunk(model), recorded, strict=True)):
         assert block.mixer.propagation is not None
         stage = bisect_right(model.config.depths, number)
