@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from model.tokenizer import VOCAB_SIZE
 
 Positive = Annotated[int, Field(ge=1, le=1 << 20)]
+Rate = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class StrictModel(BaseModel):
@@ -38,6 +39,9 @@ class ModelConfig(StrictModel):
     shallow_depths: tuple[Positive, ...] = ()
     """Numbers of blocks, below ``trunk_layers``, after which the trunk may end: they cut it into stages, of which one
     runs at some bytes once those below it run at all. Each stage has a density of its own."""
+    least_rates: tuple[Rate, ...] = ()
+    """Fires per byte from which on each stage after the first is placed: with fewer, those below it do better alone.
+    Fitted at the end of training; none given: 1 in ``max_tile_size`` for all, as for the first."""
     decoder_layers: int = Field(default=1, ge=0, le=64)
     own_decoders: bool = False
     """Whether each stage of the trunk has a decoder of its own, of so many layers, for when it is placed: more weights,
@@ -84,6 +88,8 @@ class ModelConfig(StrictModel):
         depths = self.depths
         if list(depths) != sorted(set(depths)):
             raise ValueError(f"shallow_depths = {depths[:-1]} must rise strictly and end below {depths[-1]}")
+        if self.least_rates and len(self.least_rates) != len(self.shallow_depths):
+            raise ValueError(f"least_rates = {self.least_rates} must be as many as shallow_depths = {depths[:-1]}")
         if len(depths) > 1 and self.density_measured:
             raise ValueError("density_measured must be off where there are shallow_depths: only the first stage could")
         if len(depths) > 1 and not self.propagation_rank:

@@ -93,9 +93,10 @@ class CostModel:
         self._read = _read_flops(config)
         self._d_state = config.d_state
         self._column = config.inner(config.d_trunk)
-        self._lowest_rate = 1.0 / config.max_tile_size
-        later = [(depth if depth < config.trunk_layers else None) for depth in config.depths[1:]]
-        self._starts = [(depth, self.budget(self._lowest_rate, logits=1, depth=depth)) for depth in later]
+        lowest = 1.0 / config.max_tile_size
+        later = config.least_rates or (lowest,) * len(config.shallow_depths)
+        least = zip((*config.shallow_depths, None), (lowest, *later), strict=True)
+        self._starts = [(depth, self.budget(max(rate, lowest), logits=1, depth=depth)) for depth, rate in least]
 
     def trunk(self, depth: int | None = None) -> int:
         """Operations of ``depth`` blocks at a byte, None for all, and of the projections around their stages."""
@@ -126,10 +127,10 @@ class CostModel:
     def depth(self, budget: float) -> int | None:
         """Blocks of the trunk that run at ``budget``, None for all: as many as it can pay for with fires to place.
 
-        The stages below run everywhere, which is worth more than one above at some bytes.
+        How many fires a stage must have is in ``least_rates``; with fewer, those below it run everywhere.
         """
-        first = self._config.shallow_depths[0] if self._config.shallow_depths else None
-        return next((depth for depth, least in reversed(self._starts) if budget >= min(least, 1.0)), first)
+        (first, _), *later = self._starts
+        return next((depth for depth, least in reversed(later) if budget >= min(least, 1.0)), first)
 
     def at_share(self, share: Fraction) -> tuple[int | None, float]:
         """The depth, None for all, and the fires per byte at which that share of the trunk's blocks runs."""
@@ -197,7 +198,7 @@ class CostModel:
     @property
     def least_adaptive(self) -> float:
         """The lowest budget that pays for the density and one tile in ``max_tile_size`` bytes."""
-        return self.budget(self._lowest_rate, logits=1, depth=self.depth(0.0))
+        return self._starts[0][1]
 
     def budget(self, rate: float, *, logits: int, depth: int | None = None) -> float:
         """Ratio to full resolution of reading at ``rate`` with ``logits`` (0 or 1) predictions per byte."""

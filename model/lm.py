@@ -208,6 +208,11 @@ class AdaptiveAttentionSystem(Viewed[SystemViews]):
         if self.config.own_decoders:
             state.decoder = tuple(block.map(torch.zeros_like) for block in state.decoder)
 
+    def set_least_rates(self, rates: Sequence[float]) -> None:
+        """Place each stage after the first from so many fires per byte on: ``least_rates`` of the config."""
+        self.config = ModelConfig.model_validate(self.config.model_dump() | {"least_rates": tuple(rates)})
+        self.cost = CostModel(self.config)
+
     def settle(self, state: ModelState) -> None:
         """Let the trunk's states read what they have put off, so that they are up to date; replaces them if need be."""
         waiting = state.router.waiting

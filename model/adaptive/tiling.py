@@ -36,7 +36,7 @@ from model.ops.tiling import (
 from model.ops.views import Viewed
 from model.state import RouterState
 
-RATES = tuple(2.0 ** (-k / 2.0) for k in range(14, -1, -1))
+RATES: tuple[float, ...] = tuple(2.0 ** (-k / 2.0) for k in range(14, -1, -1))
 """Fire rates at which thresholds and prices are calibrated, 1/128 to 1."""
 
 

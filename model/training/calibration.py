@@ -1,4 +1,8 @@
-"""Calibration of a trained model on validation text: the threshold and the price at which each fire rate is met."""
+"""Calibration of a trained model on validation text.
+
+The threshold and the price at which each fire rate is met, and the fires from which on a stage of the trunk is worth
+placing.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +16,40 @@ from model.adaptive.tiling import RATES, TileManager
 from model.lm import AdaptiveAttentionSystem
 from model.ops.tiling import Floats, plan_blocks, staleness_table
 from model.training.firing import fit_log_threshold
-from model.training.validation import analyse
+from model.training.validation import analyse, bits_at
 
 
 @torch.no_grad()
 def calibrate(model: AdaptiveAttentionSystem, tokens: Tensor) -> None:
-    """Fit the tables of log thresholds and log prices of each stage to texts [B, L + 1], in place.
+    """Fit the tables of log thresholds and log prices of each stage, and its least rate, to texts [B, L + 1], in place.
 
     The controller corrects what is left of thresholds and prices; good tables only mean that it has little to correct,
     so that fires fall where the text and not the quota wants them.
     """
-    for depth in model.config.depths:
-        calibrate_tiles(model.placement(depth)[1], analyse(model, tokens[:, :-1], depth))
+    densities = [analyse(model, tokens[:, :-1], depth) for depth in model.config.depths]
+    for depth, density in zip(model.config.depths, densities, strict=True):
+        calibrate_tiles(model.placement(depth)[1], density)
+    least_rates = []
+    for below, depth, density in zip(model.config.depths, model.config.depths[1:], densities[1:], strict=False):
+        alone = bits_at(model, tokens, np.empty(0), below, [1.0])
+        least_rates.append(find_least_rate(alone - bits_at(model, tokens, density, depth, RATES)))
+    model.set_least_rates(least_rates)
+
+
+def find_least_rate(gains: Floats) -> float:
+    """The lowest of ``RATES`` from which on a stage is worth placing.
+
+    Args:
+        gains: [R, B] bits per byte of B texts that it saves at each rate, over the stages below left alone. They count
+            where their mean is above zero by two standard errors.
+
+    Returns:
+        1 where nothing else counts: with all of its fires, a stage is never withheld.
+    """
+    errors = gains.std(axis=1, ddof=1) / math.sqrt(gains.shape[1]) if gains.shape[1] > 1 else 0.0
+    pays = gains.mean(axis=1) > 2.0 * errors
+    unsure = np.flatnonzero(~pays[:-1])
+    return RATES[int(unsure[-1]) + 1] if len(unsure) else RATES[0]
 
 
 @torch.no_grad()

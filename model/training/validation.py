@@ -41,18 +41,19 @@ def validate(model: AdaptiveAttentionSystem, tokens: Tensor, *, plain: bool = Fa
     """
     model.eval()
     shallow = model.config.shallow_depths
-    scores = {"full": bits_at(model, tokens, np.empty(0), None, [1.0])[0]}
+    scores = {"full": float(bits_at(model, tokens, np.empty(0), None, [1.0]).mean())}
     if not plain:
         for depth, part in zip(shallow, model.config.shallow_shares, strict=True):
-            everywhere = bits_at(model, tokens, np.empty(0), depth, [1.0])[0]
-            scores["shallow"] = scores.get("shallow", 0.0) + part * everywhere
+            everywhere = bits_at(model, tokens, np.empty(0), depth, [1.0]).mean()
+            scores["shallow"] = scores.get("shallow", 0.0) + part * float(everywhere)
         at = {name: model.cost.at_share(share) for name, share in SHARES.items() if share < 1.0}
         stages: tuple[int | None, ...] = (*shallow, None)
         for stage in stages:
             placed = {name: rate for name, (depth, rate) in at.items() if depth == stage}
             if placed:
                 densities = analyse(model, tokens[:, :-1], stage)
-                scores |= zip(placed, bits_at(model, tokens, densities, stage, placed.values()), strict=True)
+                bits = bits_at(model, tokens, densities, stage, placed.values()).mean(axis=1)
+                scores |= zip(placed, bits.tolist(), strict=True)
     model.train()
     return scores
 
@@ -64,8 +65,8 @@ def analyse(model: AdaptiveAttentionSystem, inputs: Tensor, depth: int | None = 
 
 def bits_at(
     model: AdaptiveAttentionSystem, tokens: Tensor, densities: Floats, depth: int | None, rates: Iterable[float]
-) -> list[float]:
-    """Bits per byte over tokens [B, L + 1] at each of some rates of the stage that ends after ``depth`` blocks.
+) -> Floats:
+    """Bits per byte [R, B] of tokens [B, L + 1] at each of R rates of the stage that ends after ``depth`` blocks.
 
     ``densities`` [B, L] say where it runs between the ends; those below it run everywhere.
     """
@@ -75,7 +76,7 @@ def bits_at(
         reduced = Reduced(rate, uniform=False, d_state=None, momentum=0.0)
         fires = None if rate >= 1.0 else torch.from_numpy(choose_fires(model.placement(depth)[1], densities, reduced))
         placements.append((rate, None if fires is None else fires.to(tokens.device)))
-    sums = [0.0] * len(placements)
+    bits = np.empty((len(placements), len(tokens)))
     for start in range(0, len(tokens), ROWS):
         rows = slice(start, start + ROWS)
         count = len(inputs[rows])
@@ -84,5 +85,6 @@ def bits_at(
             state = model.allocate_state(count, depth=depth)
             taken = None if fires is None else fires[rows]
             output = model.combine(encoded.hidden, taken, state, propagate=rate > 0.0)
-            sums[number] += cross_entropy(model.head(output), targets[rows]).double().sum().item()
-    return [total / (targets.numel() * math.log(2.0)) for total in sums]
+            nats = cross_entropy(model.head(output), targets[rows]).double().mean(1)
+            bits[number, rows] = nats.cpu().numpy() / math.log(2.0)
+    return bits

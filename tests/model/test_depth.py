@@ -31,6 +31,8 @@ DECODERS = pytest.mark.parametrize("shape", [SHALLOW, OWN_DECODERS], ids=["one d
     [
         ({"shallow_depths": (2, 1)}, "must rise strictly and end below 3"),
         ({"shallow_depths": (1, 3)}, "must rise strictly and end below 3"),
+        ({"least_rates": (0.5,)}, r"least_rates = \(0.5,\) must be as many as shallow_depths = \(1, 2\)"),
+        ({"least_rates": (0.5, 0.0)}, "greater than 0"),
         ({"density_measured": True}, "density_measured must be off"),
         ({"propagation_rank": 0}, "propagation_rank must be above 0"),
         ({"own_decoders": True, "decoder_layers": 0}, "own_decoders needs shallow_depths, and decoder_layers above 0"),
@@ -228,6 +230,20 @@ def test_a_budget_buys_the_deepest_stage_that_it_can_place() -> None:
                 count = 1_000_000
                 spent = COST.flops(count, round(rate * count), logits * count, count, depth=rates.depth).total
                 assert spent / COST.full_flops(count, logits * count) == pytest.approx(budget, abs=1e-5)
+
+
+def test_a_stage_is_placed_from_its_least_rate_on() -> None:
+    cost = CostModel(SHALLOW.model_copy(update={"least_rates": (0.25, 1e-9)}))
+    start = cost.budget(0.25, logits=1, depth=2)
+    assert cost.depth(start) == 2
+    assert cost.rates(start).decode == pytest.approx(0.25)
+    assert cost.depth(start - 1e-9) == 1
+    assert cost.rates(start - 1e-9).decode == 1.0
+    lowest = cost.budget(1 / SHALLOW.max_tile_size, logits=1)
+    assert (cost.depth(lowest), cost.depth(lowest - 1e-9)) == (None, 2), "no fewer fires than tiles can be long"
+    assert cost.least_adaptive == COST.least_adaptive
+    never = CostModel(SHALLOW.model_copy(update={"least_rates": (1.0, 1.0)}))
+    assert [never.depth(budget) for budget in (0.9, 1.0)] == [2, None]
 
 
 @pytest.mark.parametrize("width", [32, 48], ids=["equal widths", "projected"])

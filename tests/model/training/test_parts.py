@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from model.adaptive.tiling import RATES, Pace
-from model.training.calibration import calibrate
+from model.training.calibration import calibrate, find_least_rate
 from model.training.config import TrainingConfig
 from model.training.firing import Reduced, choose_fires, sample_reduced
 from model.training.loss import compute_loss, divergence
 from model.training.muon import _launched_together, _shared_out, orthogonalise
-from tests.model.shapes import SMALL, random_model, random_tokens
+from tests.model.shapes import SHALLOW, SMALL, random_model, random_tokens
 
 REDUCED = Reduced(rate=0.3, uniform=False, d_state=None, momentum=0.1)
 
@@ -113,3 +115,31 @@ def test_calibrated_thresholds_meet_their_rates_without_the_controller() -> None
     for rate in RATES[4:-1:3]:
         fires = [model.tiles.online(np.ascontiguousarray(row), rate, Pace(0, 0, 0, 0.0)).mean() for row in densities]
         assert np.mean(fires) == pytest.approx(rate, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("gains", "least"),
+    [
+        ([0.1] * len(RATES), RATES[0]),
+        ([-0.1] * 4 + [0.1] * (len(RATES) - 4), RATES[4]),
+        ([0.1, -0.1] + [0.1] * (len(RATES) - 2), RATES[2]),
+        ([0.1] * 5 + [0.01] + [0.1] * (len(RATES) - 6), RATES[6]),
+        ([-0.1] * len(RATES), 1.0),
+    ],
+    ids=["always", "from a rate on", "a dip", "a dip within its error", "never"],
+)
+def test_a_stage_is_worth_placing_where_its_gain_is_sure(gains: list[float], least: float) -> None:
+    texts = np.array([-0.02, 0.0, 0.02])  # standard error 0.0115
+    assert find_least_rate(np.array(gains)[:, None] + texts) == least
+    assert find_least_rate(np.array(gains)[:, None]) == (RATES[0] if min(gains) > 0.0 else least)
+
+
+def test_calibration_withholds_a_stage_that_does_harm() -> None:
+    model, tokens = random_model(SHALLOW), random_tokens(4, 128, seed=5)
+    with torch.no_grad():
+        model.trunk[2].mixer.out_proj.weight.mul_(100.0)
+    calibrate(model, tokens)
+    harmless, harmful = model.config.least_rates
+    assert harmful == 1.0
+    assert harmless in RATES
+    assert model.cost.depth(math.nextafter(1.0, 0.0)) == 2
