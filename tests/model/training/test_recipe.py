@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
-from model.checkpoint import EMBEDDED_CHECKPOINT, load_checkpoint, read_config
+from model.checkpoint import EMBEDDED_CHECKPOINT, read_config
 from model.config import ModelConfig
 from model.cost import CostModel
 from model.lm import AdaptiveAttentionSystem
@@ -23,17 +22,12 @@ def full_flops(recipe: Recipe) -> int:
 
 
 def test_the_shipped_recipes_are_found() -> None:
-    assert set(shipped_recipes()) == {"small", "nested", "base", *PLAIN}
+    assert set(shipped_recipes()) == {"small", "base", *PLAIN}
 
 
 def test_small_has_the_shape_of_the_embedded_checkpoint() -> None:
-    assert read_recipe("small").model == read_config(EMBEDDED_CHECKPOINT).model
-
-
-def test_nested_has_the_shape_of_its_checkpoint() -> None:
-    folder = EMBEDDED_CHECKPOINT.with_name("rheostat-nested")
-    assert read_recipe("nested").model == read_config(folder).model
-    assert load_checkpoint(folder, torch.device("cpu")).config.depths == (3, 7)
+    embedded = read_config(EMBEDDED_CHECKPOINT).model
+    assert read_recipe("small").model == embedded.model_copy(update={"least_rates": ()}), "those are fitted"
 
 
 def test_base_has_about_16_million_parameters_and_a_low_floor() -> None:
@@ -45,19 +39,13 @@ def test_base_has_about_16_million_parameters_and_a_low_floor() -> None:
     assert recipe.training.precision == "bf16"
 
 
-def test_nested_has_the_operations_of_plain_models_at_both_depths() -> None:
-    nested = CostModel(read_recipe("nested").model)
-    middle, full = (full_flops(read_recipe(name)) for name in PLAIN[1:])
-    assert nested.flops(1, 1, 1, 0, depth=3).total == middle
-    assert nested.full_flops(1, 1) == pytest.approx(full, rel=0.01)
-
-
 def test_plain_models_cost_what_they_are_compared_with() -> None:
     floor, middle, full = (full_flops(read_recipe(name)) for name in PLAIN)
-    small = CostModel(read_recipe("small").model)
-    assert full == small.full_flops(1, 1)
-    assert floor == small.flops(1, 0, 1, 0).total
-    assert middle / full == pytest.approx(0.55, abs=0.02)
+    recipe = read_recipe("small").model
+    small, (first,) = CostModel(recipe), recipe.shallow_depths
+    assert full == pytest.approx(small.full_flops(1, 1), rel=0.01)
+    assert floor == small.flops(1, 0, 1, 0, depth=first).total
+    assert middle == small.flops(1, 1, 1, 0, depth=first).total
 
 
 def test_plain_models_read_the_bytes_that_small_reads_at_its_learning_rates() -> None:
