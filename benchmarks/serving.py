@@ -11,8 +11,8 @@ and 32 to 128 tokens, log-uniform. Arms that are compared take turns in one run;
 - ``cheap_beside_full_ratio``: time of a request at budget 1/4 beside 15 at full budget over its time beside 15 like
   itself; ``cheap_tokens_unchanged``: its text was the same every time.
 - ``transformers_generate_ratio``: generated tokens per second with 32 clients over a FastAPI handler around
-  transformers' ``generate``. The embedded model has two widths, which Mamba-2 has not, so both serve the plain Mamba-2
-  of :mod:`benchmarks.parity`, ours through ``rheostat convert``.
+  transformers' ``generate``. Both serve the plain Mamba-2 of :mod:`benchmarks.parity`, ours through
+  ``rheostat convert``.
 """
 
 from __future__ import annotations

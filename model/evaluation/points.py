@@ -36,6 +36,11 @@ class Point:
             return 0
         return 1 if rate >= 1.0 and self.rates.depth is None else None
 
+    @property
+    def placed(self) -> bool:
+        """Whether some bytes fire and others do not: neither at the ends nor where a stage runs everywhere."""
+        return 0.0 < self.rates.decode < 1.0
+
 
 def make_points(cost: CostModel, budgets: Iterable[float | str], rates: Iterable[Fraction]) -> list[Point]:
     """Points by budget (a share of full resolution, or ``FLOOR``), and by the share of the trunk's blocks that run."""

@@ -39,7 +39,7 @@ def budget_rows(experiment: Experiment, scores: Sequence[DocumentScores]) -> lis
 
 def charge(protocol: Protocol, arm: Arm, point: Point) -> float:
     """Bits per byte that an arm owes for the future that its plans carry."""
-    return FUTURE_CHARGE if protocol is Protocol.ORACLE and arm.looks_ahead and point.end is None else 0.0
+    return FUTURE_CHARGE if protocol is Protocol.ORACLE and arm.looks_ahead and point.placed else 0.0
 
 
 class DomainReport:

@@ -5,12 +5,13 @@ from fractions import Fraction
 import pytest
 
 from model.evaluation.arms import ADAPTIVE, PLANNED_ARMS, STRICT_ARMS, Arm, analysed, make_arms
-from model.evaluation.passages import Protocol
+from model.evaluation.passages import FUTURE_CHARGE, Protocol
 from model.evaluation.points import Point, make_points, match_rates
+from model.evaluation.report import charge
 from model.evaluation.scoring import spent_flops
 from model.lm import AdaptiveAttentionSystem
 from tests.model.evaluation.texts import CALIBRATION, document, read, signals
-from tests.model.shapes import random_model
+from tests.model.shapes import SHALLOW, random_model
 
 
 def test_points_are_budgets_and_trunk_rates() -> None:
@@ -22,6 +23,17 @@ def test_points_are_budgets_and_trunk_rates() -> None:
     assert (points[3].rates.prefill, points[3].rates.decode) == (0.5, 0.5)
     assert points[1].rates == cost.rates(0.7)
     assert [point.end for point in points] == [1, None, 0, None]
+
+
+def test_a_plan_is_charged_for_the_future_only_where_it_places_something() -> None:
+    model = random_model(SHALLOW)
+    everywhere = model.cost.budget(1.0, logits=1, depth=1)
+    points = make_points(model.cost, [1.0, 0.9, everywhere, "floor"], [])
+    assert [point.rates.depth for point in points] == [None, None, 1, 1]
+    shipped, blind = make_arms(model, [ADAPTIVE, "uniform"], Protocol.ORACLE, CALIBRATION)
+    assert [charge(Protocol.ORACLE, shipped, point) for point in points] == [0.0, FUTURE_CHARGE, 0.0, 0.0]
+    assert [charge(Protocol.ORACLE, blind, point) for point in points] == [0.0] * 4
+    assert [charge(Protocol.SERVING, shipped, point) for point in points] == [0.0] * 4
 
 
 @pytest.mark.parametrize(
