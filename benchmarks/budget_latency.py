@@ -41,7 +41,7 @@ class Run:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budgets", default="1,0.75,0.5,0.4,0.24", help="full budget is always measured")
+    parser.add_argument("--budgets", default="1,0.75,0.6,0.5,0.4,0.24", help="full budget is always measured")
     parser.add_argument("--prompt-bytes", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=1024, help="generated per sequence")
     parser.add_argument("--batch", type=int, default=1, help="sequences decoding together")

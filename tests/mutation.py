@@ -302,6 +302,15 @@ MUTATIONS = (
         "trunk = positions * self.below(depth) +", "trunk =", ("tests/model/test_depth.py",),
     ),
     Mutation(
+        "a stage placed with fewer fires than its least rate", "model/cost.py",
+        "self.budget(max(rate, lowest), logits=1", "self.budget(lowest, logits=1", ("tests/model/test_depth.py",),
+    ),
+    Mutation(
+        "a stage placed where its gain is not sure", "model/training/calibration.py",
+        "pays = gains.mean(axis=1) > 2.0 * errors", "pays = gains.mean(axis=1) > 0.0 * errors",
+        ("tests/model/training/test_parts.py",),
+    ),
+    Mutation(
         "operations between fires not billed", "model/cost.py",
         "read = max(analysed - tiles, 0)", "read = 0 * max(analysed - tiles, 0)", ("tests/model/test_cost.py",),
     ),

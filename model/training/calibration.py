@@ -7,6 +7,7 @@ placing.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ def calibrate(model: AdaptiveAttentionSystem, tokens: Tensor) -> None:
     for depth, density in zip(model.config.depths, densities, strict=True):
         calibrate_tiles(model.placement(depth)[1], density)
     least_rates = []
-    for below, depth, density in zip(model.config.depths, model.config.depths[1:], densities[1:], strict=False):
+    for (below, depth), density in zip(pairwise(model.config.depths), densities[1:], strict=True):
         alone = bits_at(model, tokens, np.empty(0), below, [1.0])
         least_rates.append(find_least_rate(alone - bits_at(model, tokens, density, depth, RATES)))
     model.set_least_rates(least_rates)
