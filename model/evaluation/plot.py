@@ -31,6 +31,7 @@ def plot(results: Json, path: Path) -> None:
                 _curve(axes, domain["arms"][arm], arm, color=f"C{number}", faint=arm in others)
         if domain["plain"]:
             _curve(axes, domain["plain"], "plain Mamba-2, separately trained", color="black", marker="s")
+            _names(axes, domain["plain"])
         axes.set(title=f"{name}, {domain['bytes']:,} bytes", xlabel="FLOPs, share of full", ylabel="bits per byte")
         axes.grid(alpha=0.3)
     entries = panels[0].get_legend_handles_labels()
@@ -55,6 +56,21 @@ def _curve(axes: Axes, rows: Sequence[Json], label: str, *, color: str, faint: b
         alpha=0.6 if faint else 1.0,
         capsize=2,
     )
+
+
+def _names(axes: Axes, rows: Sequence[Json]) -> None:
+    """Write each model's name beside its point; the dearest one's ends there, to stay inside the panel."""
+    dearest = max(float(row["flop_ratio"]) for row in rows)
+    for row in rows:
+        last = row["flop_ratio"] == dearest
+        axes.annotate(
+            row["name"],
+            (row["flop_ratio"], row["bits_per_byte"]),
+            xytext=(-5 if last else 5, 8),
+            textcoords="offset points",
+            horizontalalignment="right" if last else "left",
+            fontsize="small",
+        )
 
 
 def _bar(above: Json) -> tuple[float, float]:

@@ -175,6 +175,7 @@ def test_results_are_shown_and_drawn_again(folder: Path, capsys: pytest.CaptureF
         assert main(shown) == 0
         assert capsys.readouterr().out == table
         assert (folder / name).read_bytes().startswith(mark)
+    assert "<!-- little -->" in (folder / "again.svg").read_text()  # letters are outlines; what they say stands beside
 
 
 def test_plain_models_that_were_scored_before_are_compared_with_again(
