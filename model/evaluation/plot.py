@@ -66,7 +66,7 @@ def _names(axes: Axes, rows: Sequence[Json]) -> None:
         axes.annotate(
             row["name"],
             (row["flop_ratio"], row["bits_per_byte"]),
-            xytext=(-5 if last else 5, 8),
+            xytext=(0 if last else 5, 20 if last else 8),
             textcoords="offset points",
             horizontalalignment="right" if last else "left",
             fontsize="small",
