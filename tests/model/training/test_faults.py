@@ -23,7 +23,7 @@ from model.training.log import read_log
 from model.training.loop import Run, train
 from model.training.loss import Loss, compute_loss
 from model.training.optimizer import AdaptiveOptimizer
-from model.training.stopping import StopRequest
+from model.training.stopping import ECHO_SECONDS, StopRequest
 from service.cli import main
 from tests.model.training.runs import RECIPE, RECIPE_TOML, after, weights
 
@@ -215,13 +215,16 @@ def test_a_signal_ends_a_run_after_its_step_and_it_resumes(
     assert int(read_log(out)[-1]["step"]) == done + 2
 
 
-def test_a_signal_is_noted_once_and_acts_the_second_time() -> None:
+def test_a_signal_is_noted_with_its_echo_and_acts_when_it_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
     outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with StopRequest() as stop:
             assert stop.signal is None
             os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
             assert stop.signal == signal.SIGINT
+            later = time.monotonic() + ECHO_SECONDS + 1.0
+            monkeypatch.setattr(time, "monotonic", lambda: later)
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
